@@ -1,0 +1,1 @@
+"""One module per SAM family; the module's name is its key (see ``lib.plugins``). A size is a YAML row, not code."""

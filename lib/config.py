@@ -1,0 +1,231 @@
+"""YAML and ``--conf`` strings become frozen dataclasses here and nowhere else.
+
+Unknown keys are errors that name the nearest valid spelling. Environment variables would be read here and only here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types as pytypes
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from lib.errors import ConfigError
+from lib.plugins import did_you_mean
+
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "apps" / "autosam_label" / "configs"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class WeightsEntry:
+    """One line of the weights manifest.
+
+    Args:
+        file: file name inside the weights folder.
+        url: official address, or empty where only an offline file exists.
+        bytes: expected size, 0 where the authors publish none.
+        sha256: expected digest; None is recorded on first use and enforced from then on.
+        unwrap: key that holds the state dict inside the file (``model``), or empty for a plain dict.
+        prefix_map: official key prefix to the prefix in our module, in order; everything else must be in ``ignore``.
+        ignore: official key prefixes that image segmentation does not use (memory modules of SAM 2, classifier heads).
+        hint: where a person finds the file when there is no url.
+    """
+
+    file: str
+    url: str = ""
+    bytes: int = 0
+    sha256: Optional[str] = None
+    unwrap: str = ""
+    prefix_map: dict[str, str] = field(default_factory=dict)
+    ignore: tuple[str, ...] = ()
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class BackboneRow:
+    """One backbone size: which module builds it, its facts, its numbers and its weights.
+
+    Args:
+        name: key for ``--conf backbone``; the YAML's file name.
+        module: module in ``lib/backbones``.
+        spec: fields of :class:`lib.contracts.BackboneSpec` without the name.
+        size: numbers for the module's ``build`` (widths, depths, stages).
+        weights: where the official tensors come from.
+    """
+
+    name: str
+    module: str
+    spec: dict[str, Any]
+    size: dict[str, Any]
+    weights: WeightsEntry
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Builds dataclass ``cls`` from a mapping, nested dataclasses and tuples included.
+
+    Args:
+        cls: a dataclass.
+        values: what YAML gave.
+        where: name of the file or option, for messages.
+
+    Raises:
+        ConfigError: on an unknown or missing key.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise ConfigError(
+                f"{where}: unknown key {key!r}; valid keys are {sorted(fields)}.{did_you_mean(key, list(fields))}"
+            )
+    hints = get_type_hints(cls)
+    given = {k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()}
+    try:
+        return cls(**given)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_mapping(hint, value, where)  # type: ignore[arg-type]
+    origin = get_origin(hint)
+    if origin in (Union, pytypes.UnionType) and value is not None:
+        return _convert(next(a for a in get_args(hint) if a is not type(None)), value, where)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(value)
+    return value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: if the file is missing, is not YAML, or does not hold a mapping.
+    """
+    import yaml  # not at the top: pretraining imports this module on machines with only torch and numpy
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"Cannot read the configuration {path.name}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path.name}: expected a mapping of keys to values, received {type(values).__name__}.")
+    return values
+
+
+def backbone_names() -> list[str]:
+    """Names that ``--conf backbone`` accepts, sorted."""
+    return sorted(p.stem for p in (CONFIG_DIR / "backbones").glob("*.yaml"))
+
+
+def backbone_row(name: str) -> BackboneRow:
+    """The row of one backbone.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    known = backbone_names()
+    if name not in known:
+        raise ConfigError(f"Expected a backbone out of {known}, received {name!r}.{did_you_mean(name, known)}")
+    values = read_yaml(CONFIG_DIR / "backbones" / f"{name}.yaml")
+    return from_mapping(BackboneRow, {"name": name, **values}, f"backbones/{name}.yaml")
+
+
+UPSTREAM_CONF = ("server_mode",)  # the one key of --conf that MONAI Label's own base class reads
+SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+
+
+@dataclass(frozen=True)
+class AppSettings:
+    """What the server was started with: ``configs/app.yaml`` overridden by ``--conf``.
+
+    Args:
+        backbone: name of a file in ``configs/backbones``.
+        labels: names that clients offer for new segments; requests may use any other.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``mps``, ``cuda`` or ``cuda:N``.
+        weights_dir: folder of checkpoints; None means the user's data folder.
+        download: False forbids every download.
+        cache_dir: folder of the embedding cache's disk tier.
+        cache_memory_mb: limit of the memory tier in MiB.
+        cache_disk_mb: limit of the disk tier in MiB; 0 switches it off.
+        volumes_in_memory: how many opened images are kept.
+        prefetch: True encodes neighbouring slices in the background after a click.
+        prefetch_slices: at most so many neighbours on each side of the clicked slice.
+    """
+
+    backbone: str
+    labels: tuple[str, ...]
+    device: str
+    weights_dir: Optional[Path]
+    download: bool
+    cache_dir: Path
+    cache_memory_mb: int
+    cache_disk_mb: int
+    volumes_in_memory: int
+    prefetch: bool
+    prefetch_slices: int
+
+    @classmethod
+    def from_conf(cls, conf: Mapping[str, str]) -> AppSettings:
+        """The defaults with ``--conf`` on top.
+
+        Args:
+            conf: strings, as MONAI Label hands them to the app.
+
+        Raises:
+            ConfigError: for an unknown key or backbone, or a value that does not convert.
+        """
+        values = read_yaml(CONFIG_DIR / "app.yaml")
+        hints = get_type_hints(cls)
+        for key, text in conf.items():
+            if key in UPSTREAM_CONF:
+                continue
+            if key not in hints:
+                near = did_you_mean(key, list(hints))
+                raise ConfigError(f"--conf: unknown key {key!r}; valid keys are {sorted(hints)}.{near}")
+            values[key] = _from_text(hints[key], str(text).strip(), f"--conf {key}")
+        values["cache_dir"] = Path(values["cache_dir"] or _user_cache()).expanduser().absolute()
+        values["weights_dir"] = Path(values["weights_dir"]).expanduser().absolute() if values["weights_dir"] else None
+        settings = from_mapping(cls, values, "app.yaml")
+        settings._check()
+        return settings
+
+    def _check(self) -> None:
+        backbone_row(self.backbone)
+        if not _DEVICE.fullmatch(self.device):
+            raise ConfigError(f"device: expected auto, cpu, mps, cuda or cuda:N, received {self.device!r}.")
+        if not self.labels or not all(self.labels):
+            raise ConfigError(f"labels: expected at least one name, separated by commas, received {self.labels!r}.")
+        for name, least in (
+            ("cache_memory_mb", 1),
+            ("cache_disk_mb", 0),
+            ("volumes_in_memory", 1),
+            ("prefetch_slices", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}: expected {least} or more, received {getattr(self, name)}.")
+
+
+def _user_cache() -> Path:
+    import platformdirs
+
+    return platformdirs.user_cache_path("autosam_label", appauthor=False)
+
+
+def _from_text(hint: Any, text: str, where: str) -> Any:
+    """One ``--conf`` string as the type of its setting."""
+    try:
+        if hint is bool:
+            return SWITCH[text.lower()]
+        if hint is int:
+            return int(text)
+    except (KeyError, ValueError):
+        wanted = "true or false" if hint is bool else "a whole number"
+        raise ConfigError(f"{where}: expected {wanted}, received {text!r}.") from None
+    return tuple(part.strip() for part in text.split(",")) if get_origin(hint) is tuple else text

@@ -1,0 +1,196 @@
+"""What a backbone offers and what travels between encoder, prompts and decoder (METHODS 1.1, 1.2).
+
+Tensor frame: ``_xy`` are pixels of the backbone's square input of side ``S``; pixel centres lie at +0.5 (added inside
+``embed_prompts``, so integers mean pixel indices). Nothing here depends on a SAM package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Optional, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Facts of one backbone size; derived sizes are properties, never literals elsewhere.
+
+    Args:
+        name: key of the YAML row, e.g. ``sam2.1_tiny``.
+        family: ``sam1`` or ``sam2``; decides nothing but documentation, the flags below decide.
+        input_size: side S of the square input in pixels, a multiple of 16.
+        geometry: ``pad_br`` (longest side to S, pad bottom and right), ``squash`` (both sides to S), or
+            ``centre_pad_or_squash`` (SAM-Med2D: centre-pad images smaller than S, squash the others).
+        interpolation: ``bilinear``, ``bicubic`` or ``nearest``, for the image only.
+        mean: per channel, on the 0..1 scale, in the model's channel order.
+        std: per channel, on the 0..1 scale.
+        channel_order: ``rgb`` or ``bgr``.
+        per_image_minmax: True rescales each slice to 0..1 before mean and std (MedSAM).
+        prompt_width: E.
+        has_high_res: stride-4 and stride-8 maps are added inside the mask upscaling (SAM 2).
+        has_obj_score: the decoder carries an objectness token.
+        iou_is_sigmoid: the IoU head ends in a sigmoid; otherwise clamp.
+        mask_prompt_domain: ``logit`` or ``prob``.
+        box_tokens: 2, or 3 where a not-a-point token is appended to a box (SAM 2's predictor).
+        pyramid: ``(name, stride, channels)`` of maps available as taps.
+        feature_stride: S / h.
+    """
+
+    name: str
+    family: str
+    input_size: int
+    geometry: str
+    interpolation: str = "bilinear"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    channel_order: str = "rgb"
+    per_image_minmax: bool = False
+    prompt_width: int = 256
+    has_high_res: bool = False
+    has_obj_score: bool = False
+    iou_is_sigmoid: bool = False
+    mask_prompt_domain: str = "logit"
+    box_tokens: int = 2
+    pyramid: tuple[tuple[str, int, int], ...] = ()
+    feature_stride: int = 16
+
+    @property
+    def grid(self) -> int:
+        """h = w, side of the embedding."""
+        return self.input_size // self.feature_stride
+
+    @property
+    def mask_size(self) -> int:
+        """4h, side of low-resolution masks and of mask prompts."""
+        return 4 * self.grid
+
+
+@dataclass
+class Features:
+    """Encoder output for B images.
+
+    Args:
+        embed: ``(B, E, h, w)``.
+        pe: ``(1, E, h, w)`` positional encoding of the grid.
+        high_res: None, or ``s0 (B, E/8, 4h, 4w)`` and ``s1 (B, E/4, 2h, 2w)``.
+        taps: named intermediate maps, NCHW; empty unless asked for.
+    """
+
+    embed: Tensor
+    pe: Tensor
+    high_res: Optional[tuple[Tensor, Tensor]] = None
+    taps: dict[str, Tensor] = field(default_factory=dict)
+
+    def to(self, *args: object) -> Features:
+        """All tensors moved or cast as ``Tensor.to`` does."""
+        high = None if self.high_res is None else tuple(t.to(*args) for t in self.high_res)  # type: ignore[call-overload]
+        taps = {k: v.to(*args) for k, v in self.taps.items()}  # type: ignore[call-overload]
+        return replace(self, embed=self.embed.to(*args), pe=self.pe.to(*args), high_res=high, taps=taps)  # type: ignore
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts of N pairs in backbone input pixels; every part may be None.
+
+    Args:
+        points_xy: ``(N, P, 2)`` float.
+        labels: ``(N, P)`` int: 1 positive, 0 negative, -1 not a point (padding of ragged sets).
+        boxes_xy: ``(N, 4)`` float, x0 y0 x1 y1. A row of NaN means that this pair has no box; its two corner tokens
+            become not-a-point tokens.
+        masks: ``(N, 1, 4h, 4w)`` previous mask as *logits* (the backbone converts to its own domain).
+        mask_given: ``(N,)`` bool, which pairs have a mask; None means all. The others get ``no_mask_embed``.
+        tokens: ``(N, F, E)`` free tokens, appended as they are.
+        dense: ``(N, E, h, w)`` replaces the dense map where no mask is given.
+    """
+
+    points_xy: Optional[Tensor] = None
+    labels: Optional[Tensor] = None
+    boxes_xy: Optional[Tensor] = None
+    masks: Optional[Tensor] = None
+    mask_given: Optional[Tensor] = None
+    tokens: Optional[Tensor] = None
+    dense: Optional[Tensor] = None
+
+    @property
+    def pairs(self) -> Optional[int]:
+        """N, or None where nothing is given."""
+        parts = (self.points_xy, self.boxes_xy, self.masks, self.tokens, self.dense)
+        return next((p.shape[0] for p in parts if p is not None), None)
+
+
+@dataclass
+class Hooks:
+    """Where a method reaches into the decoder; empty means stock SAM.
+
+    Args:
+        token_shift: ``(N, 4, E)`` added to the mask tokens before the transformer (METHODS 6.1).
+        extra_tokens: ``(N, F, E)`` appended after the prompts and returned after the transformer.
+        obj_head: maps the post-transformer IoU token ``(N, E)`` to an objectness logit ``(N, 1)`` where the decoder has
+            no objectness of its own.
+    """
+
+    token_shift: Optional[Tensor] = None
+    extra_tokens: Optional[Tensor] = None
+    obj_head: Optional[Callable[[Tensor], Tensor]] = None
+
+
+@dataclass
+class DecoderOut:
+    """Decoder output for N pairs; all four candidates, the caller reads the one its method names.
+
+    Args:
+        masks: ``(N, 4, 4h, 4w)`` logits; index 0 is the single-mask token, 1 to 3 the multimask tokens.
+        iou: ``(N, 4)`` predicted IoU in the head's own domain.
+        obj: ``(N, 1)`` objectness logit, or None.
+        mask_tokens: ``(N, 4, E)`` after the transformer.
+        extra_tokens: ``(N, F, E)`` after the transformer, or None.
+    """
+
+    masks: Tensor
+    iou: Tensor
+    obj: Optional[Tensor]
+    mask_tokens: Tensor
+    extra_tokens: Optional[Tensor] = None
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A SAM family behind one face. Implementations are ``nn.Module``s in eval mode, stateless between calls.
+
+    Attributes:
+        spec: the facts.
+        mask_decoder: module with SAM's attribute names (``transformer``, ``iou_token``, ``mask_tokens``,
+            ``output_upscaling``, ``output_hypernetworks_mlps``, ``iou_prediction_head`` and, where the spec says so,
+            ``obj_score_token`` and ``pred_obj_score_head``), driven by :func:`lib.decoder.decode`.
+        paths: canonical names of METHODS 1.4 (``enc.block[0]``, ``dec.layer[0].self.q`` ...) to module paths.
+        weights_id: hex digest of the loaded tensors, or ``random-<seed>``.
+    """
+
+    spec: BackboneSpec
+    mask_decoder: nn.Module
+    paths: dict[str, str]
+    weights_id: str
+
+    def encode(self, x: Tensor, taps: tuple[str, ...] = ()) -> Features:
+        """``x (B, 3, S, S)`` float32, already transformed and normalised, to features."""
+        ...
+
+    def embed_prompts(self, prompts: PromptSet, pairs: Optional[int] = None) -> tuple[Tensor, Tensor]:
+        """``(sparse (N, T, E), dense (N, E, h, w))``, always batched to N; ``pairs`` gives N for an empty set."""
+        ...
+
+
+def no_grad_eval(module: nn.Module) -> nn.Module:
+    """Frozen means eval, no gradient: returns the module so."""
+    module.eval()
+    for p in module.parameters():
+        p.requires_grad_(False)
+    return module
+
+
+def autocast_off(x: Tensor) -> torch.autocast:
+    """A context that keeps coordinate arithmetic in float32 whatever precision surrounds it."""
+    return torch.autocast(x.device.type, enabled=False)

@@ -1,0 +1,1 @@
+"""Losses and injected modules; torch only."""

@@ -1,0 +1,1 @@
+"""User prompts to model prompts, and simulated prompts for training and benches."""

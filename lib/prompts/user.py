@@ -1,0 +1,82 @@
+"""The user's clicks and boxes, sorted by slice and turned into what a backbone embeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+import numpy as np
+import torch
+
+from lib.contracts import PromptSet
+from lib.data.geometry import box_to_slices, check_inside, to_slice_rc
+from lib.errors import PromptError
+from lib.transform import SliceTransform
+from lib.types import Index, UserPrompts
+
+RowColumnBox = tuple[int, int, int, int]
+
+
+@dataclass
+class SlicePrompts:
+    """Prompts on one slice.
+
+    Args:
+        points_rc: ``(row, column, positive)`` per click.
+        box_rc: half-open ``(r0, c0, r1, c1)``.
+    """
+
+    points_rc: list[tuple[int, int, bool]] = field(default_factory=list)
+    box_rc: Optional[RowColumnBox] = None
+
+    @property
+    def starts(self) -> bool:
+        """True where an object may begin: a positive click or a box. Negative clicks alone only correct."""
+        return self.box_rc is not None or any(positive for _, _, positive in self.points_rc)
+
+    @property
+    def is_ambiguous(self) -> bool:
+        """True for a single click, which may mean a part or the whole: SAM's multimask case."""
+        return self.box_rc is None and len(self.points_rc) == 1
+
+
+def by_slice(prompts: UserPrompts, shape: Index, axis: int) -> dict[int, SlicePrompts]:
+    """Prompts per slice index, in order of the index; a box stands on every slice it touches.
+
+    Raises:
+        PromptError: for an empty list, a click or box outside the volume, or two boxes on one slice.
+    """
+    if not prompts:
+        raise PromptError("Expected at least one positive click or a box; received none. Click on the structure first.")
+    slices: dict[int, SlicePrompts] = {}
+    for click in prompts.clicks:
+        check_inside(click.ijk, shape)
+        index, row, column = to_slice_rc(click.ijk, axis)
+        slices.setdefault(index, SlicePrompts()).points_rc.append((row, column, click.positive))
+    for box in prompts.boxes:
+        check_inside(box.lo, shape)
+        check_inside(tuple(h - 1 for h in box.hi), shape)  # type: ignore[arg-type]
+        touched, box_rc = box_to_slices(box, axis)
+        for index in touched:
+            _put_box(slices.setdefault(index, SlicePrompts()), box_rc, index)
+    if not any(p.starts for p in slices.values()):
+        raise PromptError("Expected a positive click or a box; received negative clicks only. Click on the structure.")
+    return dict(sorted(slices.items()))
+
+
+def _put_box(prompts: SlicePrompts, box_rc: RowColumnBox, index: int) -> None:
+    if prompts.box_rc is not None:
+        raise PromptError(f"Expected one box per slice; received two on slice {index}. Send one request per structure.")
+    prompts.box_rc = box_rc
+
+
+def prompt_set(prompts: SlicePrompts, transform: SliceTransform) -> PromptSet:
+    """The prompts of one slice as one pair (N = 1) in backbone pixels."""
+    points = labels = boxes = None
+    if prompts.points_rc:
+        rc = np.array([(r, c) for r, c, _ in prompts.points_rc])
+        points = transform.points_xy(rc)[None]
+        labels = torch.tensor([[int(positive) for _, _, positive in prompts.points_rc]])
+    if prompts.box_rc is not None:
+        boxes = transform.box_xy(prompts.box_rc)[None]
+    return PromptSet(points_xy=points, labels=labels, boxes_xy=boxes)

@@ -1,0 +1,153 @@
+"""The vocabulary that travels between modules, in voxel frames. No torch here, so command lines stay light.
+
+Frames: ``_ijk`` is an index into the stored array, in the order the file stores it; boxes are half-open.
+Everything is immutable and therefore safe to share between threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Optional
+
+import numpy as np
+
+from lib.errors import PromptError
+
+Index = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Click:
+    """One point prompt.
+
+    Args:
+        ijk: voxel index; for a 2-D image ``k`` is 0.
+        positive: True adds the structure at this voxel, False excludes it.
+    """
+
+    ijk: Index
+    positive: bool = True
+
+
+@dataclass(frozen=True)
+class Box:
+    """A half-open box of voxels, ``lo <= index < hi`` on every axis.
+
+    Args:
+        lo: first voxel inside.
+        hi: first voxel outside.
+
+    Raises:
+        PromptError: if the box is empty on any axis. Use :meth:`spanning` for corners in any order.
+    """
+
+    lo: Index
+    hi: Index
+
+    def __post_init__(self) -> None:
+        if any(h <= low for low, h in zip(self.lo, self.hi)):
+            raise PromptError(f"A box needs at least one voxel on every axis; received lo={self.lo}, hi={self.hi}.")
+
+    @classmethod
+    def spanning(cls, a: Index, b: Index) -> Box:
+        """The box that contains both voxels, whatever their order."""
+        lo = tuple(min(x, y) for x, y in zip(a, b))
+        hi = tuple(max(x, y) + 1 for x, y in zip(a, b))
+        return cls(lo, hi)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class UserPrompts:
+    """Everything the user drew for one label on one volume, in the volume's voxel frame.
+
+    The tensors that reach the decoder are :class:`lib.contracts.PromptSet`; this comes before the backbone is known.
+    """
+
+    clicks: tuple[Click, ...] = ()
+    boxes: tuple[Box, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.clicks or self.boxes)
+
+
+class WindowSource(Enum):
+    """Where an intensity window came from, for the reply and the provenance."""
+
+    REQUEST = "request"
+    DICOM = "dicom"
+    PRESET = "preset"
+    PERCENTILE = "percentile"
+    NATIVE = "native"
+
+
+@dataclass(frozen=True)
+class Window:
+    """Intensities ``lo..hi`` are mapped linearly to 0..1 and clipped."""
+
+    lo: float
+    hi: float
+    source: WindowSource = WindowSource.PERCENTILE
+
+    def key(self) -> str:
+        """A string that is equal exactly when the mapping is equal (for cache keys)."""
+        return f"{self.lo!r}:{self.hi!r}"
+
+
+@dataclass(frozen=True)
+class Volume:
+    """An image on its own grid.
+
+    Args:
+        array: ``(I, J, K)`` float32, or ``(I, J, K, 3)`` uint8 for colour; a 2-D image has ``K == 1``. As stored: no
+            reorientation. The first two axes of a PNG/JPEG/TIFF are (column, row), so ``i`` is x in every format.
+        affine: ``(4, 4)`` float64, voxel index to RAS millimetres, exactly as the file gives it (for pictures the
+            LPS axes, ``diag(-1, -1, 1, 1)``, where ITK and Slicer place them).
+        spacing_mm: length of a voxel edge along i, j, k.
+        window: the intensity window, computed once for the whole volume.
+        content_hash: hex digest of voxels, shape and dtype; equal content, equal hash.
+        is_2d: True for a picture, which has no slice axis to choose.
+        header: what the writer needs to return results bit-equal on this grid (format specific, opaque to others).
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+    spacing_mm: tuple[float, float, float]
+    window: Window
+    content_hash: str
+    is_2d: bool = False
+    header: dict = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def shape(self) -> Index:
+        """Voxels along i, j, k."""
+        return self.array.shape[:3]  # type: ignore[return-value]
+
+    @property
+    def is_rgb(self) -> bool:
+        """True where every voxel is a colour."""
+        return self.array.ndim == 4
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A segmentation on the volume's own grid.
+
+    Args:
+        mask: ``(I, J, K)`` uint8, 0 or 1.
+        quality: predicted IoU in 0..1 per segmented slice index along ``axis``.
+        axis: the slice axis used (0, 1 or 2).
+        prompted: slice indices that carried user prompts.
+        latencies_s: seconds per stage.
+        cache: hits and misses of this request.
+        warnings: sentences for the user about what was repaired or left out.
+    """
+
+    mask: np.ndarray
+    quality: dict[int, float]
+    axis: int
+    prompted: tuple[int, ...] = ()
+    latencies_s: dict[str, float] = field(default_factory=dict)
+    cache: dict[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    window: Optional[Window] = None

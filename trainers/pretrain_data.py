@@ -1,0 +1,110 @@
+"""Shared data and recipe to what the bare training loop reads: ``.npz`` shards and ``recipe.json``.
+
+Only the ``pretrain`` part of every split is converted, and ACDC never.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lib.config import CONFIG_DIR, from_mapping, read_yaml
+from lib.data.split import hippocampus_split, nuclei_split, organs_split
+from trainers.pretrain import Recipe
+
+logger = logging.getLogger(__name__)
+
+
+def convert(data_dir: Path, recipe_file: Optional[Path], run: Path) -> None:
+    """Writes ``recipe.json`` and one shard per source into the run's folder; absent sources are left out."""
+    values = read_yaml(recipe_file or CONFIG_DIR / "pretrain.yaml")
+    row = read_yaml(CONFIG_DIR / "backbones" / "compact.yaml")
+    row.pop("weights")
+    recipe = from_mapping(Recipe, {**values, "backbone": row}, "pretrain.yaml")
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
+    sources = {"hippocampus": _hippocampus, "nuclei": _nuclei, "organs": _organs}
+    for name, read in sources.items():
+        folder = data_dir / name
+        if not folder.is_dir():
+            logger.warning("%s is absent: the run goes without it", name)
+            continue
+        pairs = list(read(folder, recipe.side))
+        np.savez(run / f"{name}.npz", images=np.stack([p[0] for p in pairs]), labels=np.stack([p[1] for p in pairs]))
+        logger.info("%s: %d slices", name, len(pairs))
+
+
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+def _square(image: np.ndarray, labels: np.ndarray, side: int) -> Pair:
+    """Both squashed to ``side`` as the backbone's geometry does: image ``(H, W[, 3])`` in 0..255, labels nearest."""
+    x = torch.from_numpy(np.ascontiguousarray(image, np.float32))
+    x = (x if x.ndim == 3 else x[..., None]).permute(2, 0, 1)[None]
+    x = F.interpolate(x, (side, side), mode="bilinear", antialias=True, align_corners=False).clamp(0, 255)
+    y = torch.from_numpy(np.ascontiguousarray(labels, np.float32))[None, None]
+    y = F.interpolate(y, (side, side), mode="nearest-exact")[0, 0]
+    pixels = x[0].permute(1, 2, 0).round().byte().numpy()
+    return (pixels if pixels.shape[-1] == 3 else pixels[..., 0]), y.byte().numpy()
+
+
+def _volume_slices(image: Path, label: Path, side: int, step: int) -> Iterator[Pair]:
+    import nibabel as nib
+
+    voxels = np.asarray(nib.load(image).dataobj, np.float32)
+    classes = np.asarray(nib.load(label).dataobj).astype(np.uint8)
+    low, high = np.percentile(voxels, [0.5, 99.5])
+    voxels = np.clip((voxels - low) / max(high - low, 1e-6), 0, 1) * 255
+    for axis in range(3):
+        if voxels.shape[axis] < 4 or min(np.delete(voxels.shape, axis)) < 24:
+            continue
+        for index in range(0, voxels.shape[axis], step):
+            labels = classes.take(index, axis)
+            if (labels > 0).sum() >= 12:
+                yield _square(voxels.take(index, axis), labels, side)
+
+
+def _hippocampus(folder: Path, side: int) -> Iterator[Pair]:
+    cases = hippocampus_split(p.name for p in folder.glob("*.nii.gz"))["pretrain"]
+    for case in cases:
+        yield from _volume_slices(folder / f"{case}.nii.gz", folder / "labels/final" / f"{case}.nii.gz", side, 2)
+
+
+def _organs(folder: Path, side: int) -> Iterator[Pair]:
+    for case in organs_split(p.name for p in folder.glob("*.nii.gz"))["pretrain"]:
+        yield from _volume_slices(folder / f"{case}.nii.gz", folder / "labels/final" / f"{case}.nii.gz", side, 1)
+
+
+def _nuclei(folder: Path, side: int) -> Iterator[Pair]:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for case in nuclei_split(p.name for p in folder.glob("*.png"))["pretrain"]:
+        image = np.asarray(Image.open(folder / f"{case}.png").convert("RGB"))
+        instances = np.asarray(Image.open(next((folder / "instances").glob(f"{case}.*"))))
+        for whole in (True, False, False, False):
+            top, left, high, wide = (0, 0, *instances.shape) if whole else _crop(rng, instances.shape)
+            part = np.s_[top : top + high, left : left + wide]
+            labels = _renumbered(instances[part])
+            if labels.any():
+                yield _square(image[part], labels, side)
+
+
+def _crop(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    high, wide = (max(48, int(n * rng.uniform(0.3, 0.7))) for n in shape)
+    return int(rng.integers(max(1, shape[0] - high))), int(rng.integers(max(1, shape[1] - wide))), high, wide
+
+
+def _renumbered(instances: np.ndarray) -> np.ndarray:
+    """Labels 1..250; more instances than that are dropped, a byte holds no more."""
+    names, numbers = np.unique(instances, return_inverse=True)
+    numbers = numbers.reshape(instances.shape) + int(names[0] != 0)
+    return np.where(numbers <= 250, numbers, 0).astype(np.uint8)
