@@ -1,0 +1,120 @@
+"""Work for later that never stands in the way of a click.
+
+Concurrency: clicks run on their callers' threads inside ``Gate.foreground()``; one daemon thread does the background
+work and calls ``Gate.pause()`` between pieces (the engine calls it before every encoder block, so a click waits for a
+block, not for a slice). A click that needs what the background is just making waits inside ``Gate.waiting()``, which
+lets the background go on. The gate's condition is the only lock here and nothing is called while it is held.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+logger = logging.getLogger(__name__)
+
+
+class Gate:
+    """Counts running clicks and holds background threads back while there are any."""
+
+    def __init__(self) -> None:
+        self._clicks = 0
+        self._quiet = threading.Condition()
+        self._local = threading.local()
+
+    @contextmanager
+    def foreground(self) -> Iterator[None]:
+        """Everything inside is a click: the background waits."""
+        self._count(+1)
+        try:
+            yield
+        finally:
+            self._count(-1)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside a click: it waits for the background, which may therefore go on."""
+        if self.is_background():
+            yield
+            return
+        self._count(-1)
+        try:
+            yield
+        finally:
+            self._count(+1)
+
+    @contextmanager
+    def background(self) -> Iterator[None]:
+        """Marks this thread as one that :meth:`pause` may hold."""
+        self._local.background = True
+        try:
+            yield
+        finally:
+            self._local.background = False
+
+    def is_background(self) -> bool:
+        """Whether this thread runs inside :meth:`background`."""
+        return getattr(self._local, "background", False)
+
+    def pause(self) -> None:
+        """Returns at once in a click; in the background, when no click is running."""
+        if self.is_background():
+            with self._quiet:
+                self._quiet.wait_for(lambda: self._clicks <= 0)
+
+    def _count(self, change: int) -> None:
+        with self._quiet:
+            self._clicks += change
+            self._quiet.notify_all()
+
+
+class Background:
+    """One thread that works through the newest list of jobs; a new list replaces what is left of the old one."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._jobs: list[Callable[[], object]] = []
+        self._news = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._busy = False
+
+    def replace(self, jobs: Sequence[Callable[[], object]]) -> None:
+        """Forgets the waiting jobs and takes these, first first."""
+        with self._news:
+            self._jobs = list(jobs)
+            if self._thread is None and jobs:
+                self._thread = threading.Thread(target=self._run, name="autosam-background", daemon=True)
+                self._thread.start()
+            self._news.notify_all()
+
+    def idle(self, timeout_s: float) -> bool:
+        """Waits until all jobs are done; False if they are not by then."""
+        with self._news:
+            return self._news.wait_for(lambda: not self._jobs and not self._busy, timeout_s)
+
+    def waiting(self) -> int:
+        """Jobs not yet done."""
+        with self._news:
+            return len(self._jobs) + int(self._busy)
+
+    def _run(self) -> None:
+        with self._gate.background():
+            while True:
+                job = self._next()
+                try:
+                    self._gate.pause()
+                    job()
+                except Exception as error:  # a failed guess at future work costs nothing; the click itself will tell
+                    logger.warning("background work failed: %s", type(error).__name__)
+                    if isinstance(error, MemoryError):
+                        raise
+
+    def _next(self) -> Callable[[], object]:
+        with self._news:
+            self._busy = False
+            self._news.notify_all()
+            self._news.wait_for(lambda: bool(self._jobs))
+            self._busy = True
+            return self._jobs.pop(0)

@@ -1,0 +1,250 @@
+"""Bounded caches that compute every value once, however many threads ask.
+
+``Lru`` keeps the most recently used values within a byte limit. ``EmbeddingCache`` adds half precision, a disk tier and
+counters for encoder output. A key contains everything that affects the value, so entries never go stale.
+
+Concurrency: one lock guards the table and is held for look-ups only; values are computed outside it. The first thread
+to ask for a key computes, the others wait for its result (inside ``waiting()``, see ``lib.background``); if it fails
+they get its error and the next to ask computes again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Optional, TypeVar
+
+import torch
+
+from lib.contracts import Features
+
+logger = logging.getLogger(__name__)
+V = TypeVar("V")
+
+
+class Lru(Generic[V]):
+    """Least recently used values leave first.
+
+    Args:
+        limit: most that may be kept, in the unit of ``size_of``; one value larger than that is not kept.
+        size_of: size of a value, bytes by convention.
+        waiting: context entered while a thread waits for another one's result.
+    """
+
+    def __init__(
+        self, limit: int, size_of: Callable[[V], int], waiting: Callable[[], AbstractContextManager] = nullcontext
+    ) -> None:
+        self.limit, self.size = limit, 0
+        self._size_of, self._waiting = size_of, waiting
+        self._values: OrderedDict[str, V] = OrderedDict()
+        self._making: dict[str, Future[V]] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def get_or_make(self, key: str, make: Callable[[], V]) -> tuple[V, bool]:
+        """The value and whether it was there (or in the making) already.
+
+        Raises:
+            whatever ``make`` raises, to every thread that waited for it.
+        """
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key], True
+            future = self._making.get(key)
+            mine = future is None
+            if future is None:
+                future = self._making[key] = Future()
+        if not mine:
+            with self._waiting():
+                return future.result(), True
+        return self._make(key, make, future), False
+
+    def _make(self, key: str, make: Callable[[], V], future: Future[V]) -> V:
+        try:
+            value = make()
+        except BaseException as error:
+            with self._lock:
+                del self._making[key]
+            future.set_exception(error)
+            raise
+        with self._lock:
+            del self._making[key]
+            self._keep(key, value)
+        future.set_result(value)
+        return value
+
+    def _keep(self, key: str, value: V) -> None:
+        self._values[key] = value
+        self.size += self._size_of(value)
+        while self.size > self.limit and self._values:
+            _, old = self._values.popitem(last=False)
+            self.size -= self._size_of(old)
+
+
+@dataclass(frozen=True)
+class EmbeddingKey:
+    """All that decides an embedding.
+
+    Args:
+        content_hash: of the volume.
+        axis: slice axis.
+        index: slice number.
+        window: ``Window.key()``.
+        weights_id: digest of the backbone's tensors.
+        backbone: its name and input side.
+    """
+
+    content_hash: str
+    axis: int
+    index: int
+    window: str
+    weights_id: str
+    backbone: str
+
+    def digest(self) -> str:
+        """A file name without meaning to a reader."""
+        parts = (self.content_hash, self.axis, self.index, self.window, self.weights_id, self.backbone)
+        return hashlib.blake2b(repr(parts).encode(), digest_size=20).hexdigest()
+
+
+class EmbeddingCache:
+    """Encoder output in half precision: memory first, then disk, then the encoder.
+
+    Args:
+        memory_bytes: limit of the memory tier.
+        folder: of the disk tier; created at the first write.
+        disk_bytes: limit of the disk tier, 0 for none.
+        waiting: see :class:`Lru`.
+    """
+
+    def __init__(
+        self,
+        memory_bytes: int,
+        folder: Path,
+        disk_bytes: int,
+        waiting: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        self._memory: Lru[Features] = Lru(memory_bytes, _bytes, waiting)
+        self._disk = DiskTier(folder, disk_bytes) if disk_bytes else None
+        self._count_lock = threading.Lock()
+        self._counts = {"memory_hits": 0, "disk_hits": 0, "misses": 0}
+
+    def get(self, key: EmbeddingKey, encode: Callable[[], Features]) -> tuple[Features, str]:
+        """Features as half precision CPU tensors, and ``memory_hits``, ``disk_hits`` or ``misses``.
+
+        The encoder's output is rounded before its first use too, so a repeated click gets the identical answer.
+        """
+        source = "memory_hits"
+
+        def make() -> Features:
+            nonlocal source
+            found = self._disk.read(key.digest()) if self._disk else None
+            source = "misses" if found is None else "disk_hits"
+            if found is not None:
+                return found
+            fresh = encode().to("cpu", torch.float16)
+            if self._disk:
+                self._disk.write(key.digest(), fresh)
+            return fresh
+
+        features, _ = self._memory.get_or_make(key.digest(), make)
+        with self._count_lock:
+            self._counts[source] += 1
+        return features, source
+
+    def __contains__(self, key: EmbeddingKey) -> bool:
+        """Whether the memory tier holds it."""
+        return key.digest() in self._memory
+
+    def info(self) -> dict[str, int]:
+        """Counters and sizes for ``info()``."""
+        with self._count_lock:
+            counts = dict(self._counts)
+        disk = self._disk.size() if self._disk else 0
+        return {**counts, "slices": len(self._memory), "memory_bytes": self._memory.size, "disk_bytes": disk}
+
+
+def _bytes(features: Features) -> int:
+    tensors = [features.embed, *(features.high_res or ()), *features.taps.values()]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class DiskTier:
+    """Safetensors files in one folder; the least recently used go when the limit is passed.
+
+    A damaged or vanished file is a miss, and a full or read-only disk switches nothing but this tier off.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        self._lock = threading.Lock()
+        self._size: Optional[int] = None
+
+    def read(self, name: str) -> Optional[Features]:
+        """The stored features, or None."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self.folder / f"{name}.safetensors"
+        try:
+            tensors = load_file(path)
+            os.utime(path)  # marks it as used
+        except (OSError, SafetensorError):
+            return None
+        high = (tensors["s0"], tensors["s1"]) if "s0" in tensors else None
+        return Features(tensors["embed"], tensors["pe"], high)
+
+    def write(self, name: str, features: Features) -> None:
+        """Stores features; never raises for a disk that cannot take them."""
+        from safetensors.torch import save_file
+
+        tensors = {"embed": features.embed, "pe": features.pe}
+        if features.high_res is not None:
+            tensors |= {"s0": features.high_res[0], "s1": features.high_res[1]}
+        path = self.folder / f"{name}.safetensors"
+        partial = path.with_suffix(f".{threading.get_ident()}.part")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # derived from patient images
+            save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
+            partial.replace(path)
+            self._grow(path.stat().st_size)
+        except OSError as error:
+            logger.warning("the embedding cache on disk cannot be written: %s", error.strerror)
+            partial.unlink(missing_ok=True)
+
+    def size(self) -> int:
+        """Bytes in the folder as far as known."""
+        return self._size or 0
+
+    def _grow(self, added: int) -> None:
+        with self._lock:
+            if self._size is None or self._size + added > self.limit:
+                self._size = self._sweep()
+            else:
+                self._size += added
+
+    def _sweep(self) -> int:
+        """Deletes the oldest files until a tenth of the limit is free; returns what is left."""
+        files = sorted((p.stat().st_mtime, p.stat().st_size, p) for p in self.folder.glob("*.safetensors"))
+        total = sum(size for _, size, _ in files)
+        goal = self.limit if total <= self.limit else self.limit * 9 // 10
+        for _, size, path in files:
+            if total <= goal:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+        return total

@@ -1,0 +1,312 @@
+"""Pure prediction: a volume, the user's prompts and options become a mask on the volume's own grid.
+
+The answer depends on nothing but these and the weights; caches only make it faster. The engine alone owns inference
+mode, device and the background encoder.
+
+Concurrency: any number of threads may call it. The backbone is loaded once under a lock and then read only. Opening a
+volume and encoding a slice happen once however many ask (``lib.cache``). After a click the neighbouring slices are
+encoded by one background thread, nearest first, which steps aside before every encoder block while a click runs
+(``lib.background``) and forgets its list at the next request.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.background import Background, Gate
+from lib.cache import EmbeddingCache, EmbeddingKey, Lru
+from lib.config import AppSettings
+from lib.contracts import Backbone, Features, PromptSet
+from lib.data.geometry import choose_axis, put_slice, slice_of, slice_size
+from lib.data.volume import load_volume
+from lib.data.window import apply_window, choose_window
+from lib.decoder import decode
+from lib.errors import ConfigError, PromptError, VolumeError
+from lib.loading import load_backbone
+from lib.prompts.user import SlicePrompts, by_slice, prompt_set
+from lib.propagate import SliceResult, StopRule, propagate
+from lib.transform import SliceTransform
+from lib.types import Prediction, UserPrompts, Volume
+
+
+@dataclass(frozen=True)
+class SegmentOptions:
+    """How to segment.
+
+    Args:
+        axis: ``i``, ``j`` or ``k``; None takes the thickest spacing.
+        propagate: True carries the result to neighbouring slices.
+        window: intensities ``(lo, hi)`` that replace the volume's own window.
+        planar: True segments exactly one slice: no propagation, no background encoding of neighbours.
+    """
+
+    axis: Optional[str] = None
+    propagate: bool = True
+    window: Union[str, tuple[float, float], None] = None
+    planar: bool = False
+
+
+class Engine:
+    """Prediction with one backbone; see the module's docstring for what threads may do.
+
+    Args:
+        settings: of the app; nothing is loaded before the first use.
+    """
+
+    def __init__(self, settings: AppSettings) -> None:
+        self.settings = settings
+        self.rule = StopRule()
+        self._gate = Gate()
+        self._background = Background(self._gate)
+        self._volumes: Lru[Volume] = Lru(settings.volumes_in_memory, lambda _: 1)
+        self._cache = EmbeddingCache(
+            settings.cache_memory_mb << 20, settings.cache_dir, settings.cache_disk_mb << 20, self._gate.waiting
+        )
+        self._backbone: Optional[Backbone] = None
+        self._loading = threading.Lock()
+
+    def warm(self) -> Backbone:
+        """The backbone, loaded if it is not yet.
+
+        Raises:
+            WeightsError: if its weights are missing or wrong.
+            ConfigError: if the device is not there.
+        """
+        with self._loading:
+            if self._backbone is None:
+                backbone: Any = load_backbone(
+                    self.settings.backbone, weights_dir=self.settings.weights_dir, download=self.settings.download
+                )
+                backbone.to(self.device())
+                self._let_clicks_pass(backbone)
+                self._backbone = backbone
+            return self._backbone
+
+    def device(self) -> torch.device:
+        """Where the backbone runs.
+
+        Raises:
+            ConfigError: if the wanted device does not exist on this machine.
+        """
+        wanted = self.settings.device
+        if wanted == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if wanted.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(
+                f"device: {wanted} was asked for, but this machine has no usable CUDA GPU. Use auto or cpu."
+            )
+        return torch.device(wanted)
+
+    def open(self, path: Union[str, Path], window: Union[str, tuple[float, float], None] = None) -> Volume:
+        """A volume from disk, or the same one again while its file has not changed.
+
+        Args:
+            path: an image file or the folder of a DICOM series.
+            window: replaces the volume's own window for this use.
+
+        Raises:
+            VolumeError: if it cannot be read or segmented.
+        """
+        volume, _ = self._volumes.get_or_make(_fingerprint(Path(path)), lambda: load_volume(path))
+        if window is None:
+            return volume
+        return replace(volume, window=choose_window(volume.array, requested=window, is_rgb=volume.is_rgb))
+
+    def segment(self, volume: Volume, prompts: UserPrompts, options: SegmentOptions = SegmentOptions()) -> Prediction:
+        """Segments one structure.
+
+        Args:
+            volume: from :meth:`open`.
+            prompts: everything the user drew for the structure, on any number of slices.
+            options: how to segment.
+
+        Returns:
+            A mask on the volume's grid with per-slice quality, timings and cache hits.
+
+        Raises:
+            PromptError: for prompts that cannot be used.
+            WeightsError: if the backbone's weights are missing or wrong.
+        """
+        with self._gate.foreground():
+            started = time.perf_counter()
+            job = _Job(self, volume, prompts, options)
+            found = job.run()
+            prediction = job.prediction(found)
+            total = time.perf_counter() - started
+        if self.settings.prefetch and not options.planar and not volume.is_2d:
+            self._prefetch(job, found)
+        return replace(prediction, latencies_s={**job.seconds, "segment": total})
+
+    def features(self, volume: Volume, axis: int, index: int) -> tuple[Features, str]:
+        """Half precision CPU features of one slice, and where they came from (see :class:`EmbeddingCache`)."""
+        backbone = self.warm()
+        spec = backbone.spec
+        name = f"{spec.name}:{spec.input_size}"
+        key = EmbeddingKey(volume.content_hash, axis, index, volume.window.key(), backbone.weights_id, name)
+        return self._cache.get(key, lambda: self._encode(backbone, volume, axis, index))
+
+    def _encode(self, backbone: Backbone, volume: Volume, axis: int, index: int) -> Features:
+        pixels = apply_window(slice_of(volume, axis, index), volume.window)
+        x = SliceTransform(backbone.spec, pixels.shape[:2]).image(pixels)  # type: ignore[arg-type]
+        with torch.inference_mode():
+            return backbone.encode(x[None].to(self.device()))
+
+    def _prefetch(self, job: _Job, found: dict[int, SliceResult]) -> None:
+        """Queues the neighbours of the prompted slices, nearest first."""
+        count = job.volume.shape[job.axis]
+        reach = self.settings.prefetch_slices
+        distance = {i: min(abs(i - p) for p in job.slices) for i in range(count)}
+        wanted = sorted((i for i, d in distance.items() if 0 < d <= reach and i not in found), key=distance.__getitem__)
+        volume, axis = job.volume, job.axis
+        self._background.replace([lambda i=i: self.features(volume, axis, i) for i in wanted])  # type: ignore[misc]
+
+    def _let_clicks_pass(self, backbone: Any) -> None:
+        """Background encoding steps aside before every encoder block."""
+        blocks = {path for name, path in backbone.paths.items() if name.startswith("enc.block[") and name.endswith("]")}
+        for path in blocks:
+            backbone.get_submodule(path).register_forward_pre_hook(lambda *_: self._gate.pause())
+
+    def wait_for_background(self, timeout_s: float) -> bool:
+        """Waits for the background encoder, for tests and benches; False if it is not done by then."""
+        return self._background.idle(timeout_s)
+
+    def info(self) -> dict[str, Any]:
+        """Backbone and cache counters for a task's ``info()``."""
+        loaded = self._backbone
+        return {
+            "backbone": self.settings.backbone,
+            "weights_id": loaded.weights_id if loaded else None,
+            "device": self.settings.device,
+            "cache": {**self._cache.info(), "background_slices": self._background.waiting()},
+        }
+
+
+class _Job:
+    """One request on its way through the engine."""
+
+    def __init__(self, engine: Engine, volume: Volume, prompts: UserPrompts, options: SegmentOptions) -> None:
+        self.engine, self.volume, self.options = engine, volume, options
+        self.seconds: dict[str, float] = {"encode": 0.0, "decode": 0.0, "assemble": 0.0}
+        self.cache: Counter[str] = Counter()
+        self.warnings: list[str] = []
+        self.axis = choose_axis(volume.spacing_mm, volume.shape, requested=options.axis, is_2d=volume.is_2d)
+        self.slices = by_slice(prompts, volume.shape, self.axis)
+        if options.planar and len(self.slices) != 1:
+            raise PromptError(
+                f"Expected prompts on one slice for a 2-D task; received slices {sorted(self.slices)}. Use a 3-D task."
+            )
+        self.boxed = _span([i for i, p in self.slices.items() if p.box_rc is not None])
+        with self.timed("load"):
+            self.backbone = engine.warm()
+        self.transform = SliceTransform(self.backbone.spec, slice_size(volume.shape, self.axis))
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+    def run(self) -> dict[int, SliceResult]:
+        """Results per slice index."""
+        if not (self.options.propagate and not self.options.planar and not self.volume.is_2d):
+            self._warn_of_corrections_alone()
+            return {i: self.segment(i, p) for i, p in self.slices.items() if p.starts}
+        seeds = {i: self.segment(i, self.slices[i]) for i in self._seeds()}
+        bounds = self.boxed or range(self.volume.shape[self.axis])
+        bounds = range(min(bounds.start, min(seeds)), max(bounds.stop, max(seeds) + 1))
+        return propagate(seeds, bounds, self.follow, self.engine.rule, keep_on=self.boxed)
+
+    def _seeds(self) -> list[int]:
+        """Slices a walk starts from: those with positive clicks, and the middle of a box that has none."""
+        clicked = [i for i, p in self.slices.items() if any(positive for _, _, positive in p.points_rc)]
+        if self.boxed and not any(i in self.boxed for i in clicked):
+            clicked.append(self.boxed[len(self.boxed) // 2])
+        return sorted(clicked)
+
+    def _warn_of_corrections_alone(self) -> None:
+        alone = [i for i, p in self.slices.items() if not p.starts]
+        if alone:
+            self.warnings.append(f"Slices {alone} carry negative clicks only and were left empty: propagate is off.")
+
+    def segment(self, index: int, prompts: SlicePrompts) -> SliceResult:
+        """A slice from the user's prompts alone."""
+        return self.decode(index, prompt_set(prompts, self.transform), multimask=prompts.is_ambiguous)
+
+    def follow(self, index: int, before: SliceResult) -> SliceResult:
+        """A slice from its neighbour's result, plus what the user drew on it."""
+        mine = prompt_set(self.slices.get(index, SlicePrompts()), self.transform)
+        box = mine.boxes_xy if mine.boxes_xy is not None else self._box_around(before.low_res)
+        return self.decode(index, replace(mine, boxes_xy=box, masks=before.low_res.clamp(-32, 32)), multimask=False)
+
+    def _box_around(self, low_res: Tensor) -> Tensor:
+        """``(1, 4)`` box of a mask in backbone pixels, a cell wider on each side: structures may grow."""
+        rows, columns = torch.nonzero(low_res[0, 0] > 0, as_tuple=True)
+        scale = self.backbone.spec.input_size / low_res.shape[-1]
+        edges = [columns.min() - 1, rows.min() - 1, columns.max() + 2, rows.max() + 2]
+        return (torch.stack(edges).float() * scale).clamp(0, self.backbone.spec.input_size)[None] - 0.5
+
+    def decode(self, index: int, prompts: PromptSet, *, multimask: bool) -> SliceResult:
+        """One decoder call on one slice."""
+        with self.timed("encode"):
+            features, source = self.engine.features(self.volume, self.axis, index)
+        self.cache[source] += 1
+        device = self.engine.device()
+        with self.timed("decode"), torch.inference_mode():
+            embedded = self.backbone.embed_prompts(_on(prompts, device))
+            features = features.to(device, torch.float32)
+            out = decode(self.backbone.spec, self.backbone.mask_decoder, features, embedded)
+            best = 1 + int(out.iou[0, 1:].argmax()) if multimask else 0
+            objectness = None if out.obj is None else float(out.obj[0, 0])
+            quality = float(out.iou[0, best].clamp(0, 1))
+            return SliceResult(out.masks[:, best : best + 1].float().cpu(), quality, objectness)
+
+    def prediction(self, found: dict[int, SliceResult]) -> Prediction:
+        """All slices on the volume's grid; outside a box nothing is kept."""
+        mask = np.zeros(self.volume.shape, np.uint8)
+        with self.timed("assemble"), torch.inference_mode():
+            for index, result in found.items():
+                pixels = (self.transform.logits(result.low_res)[0, 0] > 0).numpy().astype(np.uint8)
+                put_slice(mask, self.axis, index, pixels)
+        return Prediction(
+            mask=mask,
+            quality={i: found[i].quality for i in sorted(found)},
+            axis=self.axis,
+            prompted=tuple(self.slices),
+            cache=dict(self.cache),
+            warnings=tuple(self.warnings),
+            window=self.volume.window,
+        )
+
+
+def _span(indices: list[int]) -> range:
+    return range(min(indices), max(indices) + 1) if indices else range(0)
+
+
+def _on(prompts: PromptSet, device: torch.device) -> PromptSet:
+    moved = {k: v.to(device) for k, v in vars(prompts).items() if v is not None}
+    return replace(prompts, **moved)
+
+
+def _fingerprint(path: Path) -> str:
+    """Changes when the file does, without reading it; for a folder, when any of its files does."""
+    try:
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        stats = [(str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in files]
+    except OSError as error:
+        raise VolumeError(
+            "The image cannot be found on the server. Refresh the list of images and try again."
+        ) from error
+    return repr((str(path), stats))
