@@ -17,12 +17,15 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Optional, TypeVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lib.contracts import Features
 
@@ -121,6 +124,9 @@ class EmbeddingKey:
         return hashlib.blake2b(repr(parts).encode(), digest_size=20).hexdigest()
 
 
+Tensors = dict[str, Tensor]
+
+
 class EmbeddingCache:
     """Encoder output in half precision: memory first, then disk, then the encoder.
 
@@ -138,33 +144,40 @@ class EmbeddingCache:
         disk_bytes: int,
         waiting: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
-        self._memory: Lru[Features] = Lru(memory_bytes, _bytes, waiting)
+        self._memory: Lru[Tensors] = Lru(memory_bytes, _bytes, waiting)
         self._disk = DiskTier(folder, disk_bytes) if disk_bytes else None
         self._count_lock = threading.Lock()
         self._counts = {"memory_hits": 0, "disk_hits": 0, "misses": 0}
 
-    def get(self, key: EmbeddingKey, encode: Callable[[], Features]) -> tuple[Features, str]:
-        """Features as half precision CPU tensors, and ``memory_hits``, ``disk_hits`` or ``misses``.
+    def get(self, key: EmbeddingKey, encode: Callable[[], Features], pe: Tensor) -> tuple[Features, str]:
+        """Features of one slice on the CPU, and ``memory_hits``, ``disk_hits`` or ``misses``.
 
-        The encoder's output is rounded before its first use too, so a repeated click gets the identical answer.
+        The encoder's output is rounded to half precision before its first use too, so that a repeated click gets the
+        identical answer. The positional encoding is the same for every slice and is not stored.
+
+        Args:
+            key: of the slice.
+            encode: computes its features.
+            pe: ``(1, E, h, w)``, handed through.
         """
         source = "memory_hits"
 
-        def make() -> Features:
+        def make() -> Tensors:
             nonlocal source
             found = self._disk.read(key.digest()) if self._disk else None
             source = "misses" if found is None else "disk_hits"
             if found is not None:
                 return found
-            fresh = encode().to("cpu", torch.float16)
+            fresh = _halved(encode())
             if self._disk:
                 self._disk.write(key.digest(), fresh)
             return fresh
 
-        features, _ = self._memory.get_or_make(key.digest(), make)
+        tensors, _ = self._memory.get_or_make(key.digest(), make)
         with self._count_lock:
             self._counts[source] += 1
-        return features, source
+        high = (tensors["s0"], tensors["s1"]) if "s0" in tensors else None
+        return Features(tensors["embed"], pe, high), source
 
     def __contains__(self, key: EmbeddingKey) -> bool:
         """Whether the memory tier holds it."""
@@ -178,9 +191,15 @@ class EmbeddingCache:
         return {**counts, "slices": len(self._memory), "memory_bytes": self._memory.size, "disk_bytes": disk}
 
 
-def _bytes(features: Features) -> int:
-    tensors = [features.embed, *(features.high_res or ()), *features.taps.values()]
-    return sum(t.numel() * t.element_size() for t in tensors)
+def _halved(features: Features) -> Tensors:
+    named = {"embed": features.embed}
+    if features.high_res is not None:
+        named |= {"s0": features.high_res[0], "s1": features.high_res[1]}
+    return {name: tensor.to("cpu", torch.float16).contiguous() for name, tensor in named.items()}
+
+
+def _bytes(tensors: Tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 class DiskTier:
@@ -194,37 +213,29 @@ class DiskTier:
         self._lock = threading.Lock()
         self._size: Optional[int] = None
 
-    def read(self, name: str) -> Optional[Features]:
-        """The stored features, or None."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
+    def read(self, name: str) -> Optional[Tensors]:
+        """The stored tensors, or None."""
         path = self.folder / f"{name}.safetensors"
         try:
             tensors = load_file(path)
             os.utime(path)  # marks it as used
         except (OSError, SafetensorError):
             return None
-        high = (tensors["s0"], tensors["s1"]) if "s0" in tensors else None
-        return Features(tensors["embed"], tensors["pe"], high)
+        return tensors
 
-    def write(self, name: str, features: Features) -> None:
-        """Stores features; never raises for a disk that cannot take them."""
-        from safetensors.torch import save_file
-
-        tensors = {"embed": features.embed, "pe": features.pe}
-        if features.high_res is not None:
-            tensors |= {"s0": features.high_res[0], "s1": features.high_res[1]}
+    def write(self, name: str, tensors: Tensors) -> None:
+        """Stores tensors; never raises for a disk that cannot take them."""
         path = self.folder / f"{name}.safetensors"
         partial = path.with_suffix(f".{threading.get_ident()}.part")
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # derived from patient images
-            save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
+            save_file(tensors, partial)
             partial.replace(path)
             self._grow(path.stat().st_size)
-        except OSError as error:
-            logger.warning("the embedding cache on disk cannot be written: %s", error.strerror)
-            partial.unlink(missing_ok=True)
+        except (OSError, SafetensorError) as error:
+            logger.warning("the embedding cache on disk cannot be written: %s", type(error).__name__)
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
 
     def size(self) -> int:
         """Bytes in the folder as far as known."""

@@ -178,6 +178,10 @@ class Backbone(Protocol):
         """``x (B, 3, S, S)`` float32, already transformed and normalised, to features."""
         ...
 
+    def grid_encoding(self) -> Tensor:
+        """``(1, E, h, w)``: the ``pe`` of every :class:`Features` of this backbone."""
+        ...
+
     def embed_prompts(self, prompts: PromptSet, pairs: Optional[int] = None) -> tuple[Tensor, Tensor]:
         """``(sparse (N, T, E), dense (N, E, h, w))``, always batched to N; ``pairs`` gives N for an empty set."""
         ...

@@ -74,6 +74,7 @@ class Engine:
             settings.cache_memory_mb << 20, settings.cache_dir, settings.cache_disk_mb << 20, self._gate.waiting
         )
         self._backbone: Optional[Backbone] = None
+        self._pe = torch.empty(0)
         self._loading = threading.Lock()
 
     def warm(self) -> Backbone:
@@ -90,6 +91,8 @@ class Engine:
                 )
                 backbone.to(self.device())
                 self._let_clicks_pass(backbone)
+                with torch.inference_mode():
+                    self._pe = backbone.grid_encoding().cpu()
                 self._backbone = backbone
             return self._backbone
 
@@ -154,7 +157,7 @@ class Engine:
         spec = backbone.spec
         name = f"{spec.name}:{spec.input_size}"
         key = EmbeddingKey(volume.content_hash, axis, index, volume.window.key(), backbone.weights_id, name)
-        return self._cache.get(key, lambda: self._encode(backbone, volume, axis, index))
+        return self._cache.get(key, lambda: self._encode(backbone, volume, axis, index), self._pe)
 
     def _encode(self, backbone: Backbone, volume: Volume, axis: int, index: int) -> Features:
         pixels = apply_window(slice_of(volume, axis, index), volume.window)

@@ -63,9 +63,12 @@ class Compact(nn.Module):
         maps = self.image_encoder(x)
         embed, s1, s0 = self.image_encoder.fuse(maps)
         high = (self.mask_decoder.conv_s0(s0), self.mask_decoder.conv_s1(s1))
-        pe = self.prompt_encoder.grid_pe(embed.shape[-2], embed.shape[-1])
         named = dict(zip(("stride4", "stride8", "stride16"), maps))
-        return Features(embed, pe, high, {name: named[name] for name in taps})
+        return Features(embed, self.grid_encoding(), high, {name: named[name] for name in taps})
+
+    def grid_encoding(self) -> Tensor:
+        """``(1, E, h, w)`` Fourier encoding of the embedding's cell centres."""
+        return self.prompt_encoder.grid_encoding()
 
     def embed_prompts(self, prompts: PromptSet, pairs: Optional[int] = None) -> tuple[Tensor, Tensor]:
         """``(sparse (N, T, E), dense (N, E, h, w))``, see :class:`lib.contracts.Backbone`."""
@@ -196,12 +199,10 @@ class PromptEncoder(nn.Module):
     def forward(self, prompts: PromptSet, pairs: int) -> tuple[Tensor, Tensor]:
         return self._sparse(prompts, pairs), self._dense(prompts, pairs)
 
-    def grid_pe(self, h: int, w: int) -> Tensor:
+    def grid_encoding(self) -> Tensor:
         """``(1, E, h, w)`` Fourier encoding of the cell centres."""
-        device = self.frequencies.device
-        y = (torch.arange(h, device=device) + 0.5) / h
-        x = (torch.arange(w, device=device) + 0.5) / w
-        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)  # (h, w, 2), x first
+        centres = (torch.arange(self.spec.grid, device=self.frequencies.device) + 0.5) / self.spec.grid
+        grid = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1)  # (h, w, 2), x first
         return self._fourier(grid).permute(2, 0, 1)[None]
 
     def _fourier(self, unit_xy: Tensor) -> Tensor:

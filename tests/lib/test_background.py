@@ -1,0 +1,91 @@
+"""Background work steps aside for clicks and cannot lock them out."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from lib.background import Background, Gate
+from lib.cache import Lru
+
+
+def test_background_runs_jobs_in_order() -> None:
+    done: list[int] = []
+    background = Background(Gate())
+    background.replace([lambda i=i: done.append(i) for i in range(5)])  # type: ignore[misc]
+    assert background.idle(5)
+    assert done == list(range(5))
+
+
+def test_background_new_list_replaces_the_rest() -> None:
+    gate, started, release = Gate(), threading.Event(), threading.Event()
+    done: list[str] = []
+    background = Background(gate)
+
+    def first() -> None:
+        started.set()
+        release.wait(5)
+        done.append("first")
+
+    background.replace([first, lambda: done.append("never")])
+    assert started.wait(5)
+    background.replace([lambda: done.append("second")])
+    release.set()
+    assert background.idle(5)
+    assert done == ["first", "second"]
+
+
+def test_background_pauses_while_a_click_runs() -> None:
+    gate, steps = Gate(), []
+    background = Background(gate)
+
+    def job() -> None:
+        for _ in range(3):
+            gate.pause()
+            steps.append(time.monotonic())
+
+    with gate.foreground():
+        background.replace([job])
+        time.sleep(0.2)
+        assert not steps
+        click_over = time.monotonic()
+    assert background.idle(5)
+    assert len(steps) == 3
+    assert steps[0] >= click_over
+
+
+def test_background_failure_keeps_the_thread_alive() -> None:
+    done: list[int] = []
+    background = Background(Gate())
+
+    def fail() -> None:
+        raise ValueError("no such slice")
+
+    background.replace([fail, lambda: done.append(1)])
+    assert background.idle(5)
+    assert done == [1]
+
+
+def test_click_waiting_for_background_value_does_not_deadlock() -> None:
+    gate = Gate()
+    cache: Lru[int] = Lru(10, lambda _: 1, gate.waiting)
+    background, begun = Background(gate), threading.Event()
+
+    def encode() -> int:
+        begun.set()
+        time.sleep(0.1)
+        gate.pause()  # between two blocks: a click is running and wants just this value
+        return 5
+
+    background.replace([lambda: cache.get_or_make("slice", encode)])
+    assert begun.wait(5)
+    answer: list[int] = []
+
+    def click() -> None:
+        with gate.foreground():
+            answer.append(cache.get_or_make("slice", lambda: -1)[0])
+
+    thread = threading.Thread(target=click, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert answer == [5]

@@ -1,0 +1,219 @@
+"""The engine with the random ``tiny`` backbone: purity, caching, threads, geometry of prompts. Quality is tested elsewhere."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from lib.config import AppSettings
+from lib.engine import Engine, SegmentOptions
+from lib.errors import ConfigError, PromptError, VolumeError
+from lib.propagate import StopRule
+from lib.types import Box, Click, UserPrompts
+
+ALONE = SegmentOptions(propagate=False)
+
+
+def make_engine(folder: Path, **conf: str) -> Engine:
+    return Engine(AppSettings.from_conf({"backbone": "tiny", "cache_dir": str(folder / "cache"), **conf}))
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Engine:
+    return make_engine(tmp_path, prefetch="false")
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    path = tmp_path / "image.nii.gz"
+    nib.save(nib.Nifti1Image(rng.normal(size=(40, 30, 8)).astype(np.float32), np.diag([1, 1, 3, 1.0])), path)
+    return path
+
+
+def clicks(*ijk: tuple[int, int, int]) -> UserPrompts:
+    return UserPrompts(tuple(Click(p) for p in ijk))
+
+
+def test_segment_repeated_request_is_identical_and_hits_the_cache(engine: Engine, image: Path) -> None:
+    volume = engine.open(image)
+    first = engine.segment(volume, clicks((20, 15, 4)), ALONE)
+    again = engine.segment(volume, clicks((20, 15, 4)), ALONE)
+    assert first.cache == {"misses": 1}
+    assert again.cache == {"memory_hits": 1}
+    assert np.array_equal(first.mask, again.mask)
+    assert first.quality == again.quality
+
+
+def test_segment_is_the_same_from_memory_disk_and_encoder(tmp_path: Path, image: Path) -> None:
+    cold = make_engine(tmp_path, prefetch="false")
+    first = cold.segment(cold.open(image), clicks((20, 15, 4)), ALONE)
+    warm = make_engine(tmp_path, prefetch="false")
+    second = warm.segment(warm.open(image), clicks((20, 15, 4)), ALONE)
+    assert second.cache == {"disk_hits": 1}
+    assert np.array_equal(first.mask, second.mask)
+    assert first.quality == second.quality
+
+
+def test_segment_removed_click_gives_the_answer_without_it(engine: Engine, image: Path) -> None:
+    volume = engine.open(image)
+    one = engine.segment(volume, clicks((20, 15, 4)), ALONE)
+    two = engine.segment(volume, clicks((20, 15, 4), (5, 5, 4)), ALONE)
+    back = engine.segment(volume, clicks((20, 15, 4)), ALONE)
+    assert one.quality != two.quality
+    assert np.array_equal(one.mask, back.mask)
+
+
+def test_segment_without_propagation_touches_prompted_slices_only(engine: Engine, image: Path) -> None:
+    volume = engine.open(image)
+    found = engine.segment(volume, clicks((20, 15, 2), (20, 15, 6)), ALONE)
+    assert sorted(found.quality) == [2, 6]
+    assert set(np.unique(np.nonzero(found.mask)[2])) <= {2, 6}
+    assert found.prompted == (2, 6)
+    assert found.mask.shape == (40, 30, 8)
+    assert found.mask.dtype == np.uint8
+
+
+@pytest.mark.parametrize(("axis", "index"), [("i", 20), ("j", 15), ("k", 4)])
+def test_segment_along_each_axis(engine: Engine, image: Path, axis: str, index: int) -> None:
+    found = engine.segment(engine.open(image), clicks((20, 15, 4)), SegmentOptions(axis=axis, propagate=False))
+    assert found.axis == "ijk".index(axis)
+    assert list(found.quality) == [index]
+
+
+def test_segment_propagates_both_ways(engine: Engine, image: Path) -> None:
+    engine.rule = StopRule(quality=0, overlap=0, growth=1e9)
+    engine.warm().mask_decoder.pred_obj_score_head = _Constant(5.0)  # type: ignore[assignment]
+    engine.warm().mask_decoder.output_hypernetworks_mlps = torch.nn.ModuleList(_Loud() for _ in range(4))
+    found = engine.segment(engine.open(image), clicks((20, 15, 4)))
+    assert sorted(found.quality) == list(range(8))
+
+
+class _Constant(torch.nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[..., :1] * 0 + self.value
+
+
+class _Loud(torch.nn.Module):
+    """A hypernetwork whose mask is never empty: it follows the features."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ones(len(x), x.shape[1] // 8)
+
+
+def test_segment_window_changes_the_answer_and_the_key(engine: Engine, image: Path) -> None:
+    plain = engine.segment(engine.open(image), clicks((20, 15, 4)), ALONE)
+    other = engine.segment(engine.open(image, (-0.5, 0.5)), clicks((20, 15, 4)), ALONE)
+    assert other.cache == {"misses": 1}
+    assert other.window is not None
+    assert (other.window.lo, other.window.hi) == (-0.5, 0.5)
+    assert plain.quality != other.quality
+
+
+def test_open_reads_again_only_when_the_file_changed(engine: Engine, image: Path) -> None:
+    first = engine.open(image)
+    assert engine.open(image) is first
+    os.utime(image, ns=(1, 1))
+    assert engine.open(image) is not first
+
+
+def test_open_missing_file_says_so(engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(VolumeError, match="cannot be found"):
+        engine.open(tmp_path / "nothing.nii.gz")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "text"),
+    [
+        (UserPrompts(), ALONE, "received none"),
+        (UserPrompts((Click((1, 1, 1), positive=False),)), ALONE, "negative clicks only"),
+        (clicks((40, 0, 0)), ALONE, "received"),
+        (clicks((1, 1, 1)), SegmentOptions(axis="z"), "slice axis"),
+        (clicks((1, 1, 1), (1, 1, 2)), SegmentOptions(planar=True), "one slice"),
+    ],
+)
+def test_segment_refuses(
+    engine: Engine, image: Path, prompts: UserPrompts, options: SegmentOptions, text: str
+) -> None:
+    with pytest.raises(PromptError, match=text):
+        engine.segment(engine.open(image), prompts, options)
+
+
+def test_segment_negative_slice_without_propagation_warns(engine: Engine, image: Path) -> None:
+    prompts = UserPrompts((Click((20, 15, 4)), Click((3, 3, 6), positive=False)))
+    found = engine.segment(engine.open(image), prompts, ALONE)
+    assert list(found.quality) == [4]
+    assert "[6]" in found.warnings[0]
+
+
+def test_segment_box_alone_covers_its_slices(engine: Engine, image: Path) -> None:
+    found = engine.segment(engine.open(image), UserPrompts(boxes=(Box((5, 5, 2), (30, 25, 5)),)), ALONE)
+    assert sorted(found.quality) == [2, 3, 4]
+
+
+def test_segment_many_threads_encode_each_slice_once(tmp_path: Path, image: Path) -> None:
+    engine = make_engine(tmp_path, prefetch="false")
+    volume, encoded = engine.open(image), []
+    backbone: Any = engine.warm()
+    backbone.register_forward_pre_hook(lambda *_: None)
+    encode = backbone.encode
+    backbone.encode = lambda *a, **k: encoded.append(threading.get_ident()) or encode(*a, **k)  # type: ignore
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: engine.segment(volume, clicks((20, 15, 4)), ALONE).mask, range(16)))
+    assert len(encoded) == 1
+    assert all(np.array_equal(answers[0], a) for a in answers)
+
+
+def test_prefetch_encodes_neighbours_nearest_first(tmp_path: Path, image: Path) -> None:
+    engine = make_engine(tmp_path, prefetch_slices="2")
+    volume, order = engine.open(image), []
+    features = engine.features
+    engine.features = lambda v, a, i: order.append(i) or features(v, a, i)  # type: ignore
+    engine.segment(volume, clicks((20, 15, 4)), ALONE)
+    assert engine.wait_for_background(20)
+    assert order[0] == 4
+    assert set(order[1:3]) == {3, 5}
+    assert set(order[3:]) == {2, 6}
+    assert engine.segment(volume, clicks((20, 15, 5)), ALONE).cache == {"memory_hits": 1}
+
+
+def test_info_counts_and_names_the_weights(engine: Engine, image: Path) -> None:
+    assert engine.info()["weights_id"] is None
+    engine.segment(engine.open(image), clicks((20, 15, 4)), ALONE)
+    info = engine.info()
+    assert info["backbone"] == "tiny"
+    assert info["weights_id"] == "random-0"
+    assert info["cache"]["misses"] == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU whose absence is tested")
+def test_device_missing_gpu_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no usable CUDA GPU"):
+        make_engine(tmp_path, device="cuda").warm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
+def test_segment_on_gpu_agrees_with_cpu(tmp_path: Path, image: Path) -> None:
+    found = [
+        (e := make_engine(tmp_path / d, prefetch="false", device=d)).segment(e.open(image), clicks((20, 15, 4)), ALONE)
+        for d in ("cpu", "cuda")
+    ]
+    assert found[0].quality[4] == pytest.approx(found[1].quality[4], abs=1e-2)
+
+
+def test_options_are_immutable() -> None:
+    assert replace(ALONE, propagate=True) != ALONE
