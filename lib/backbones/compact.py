@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.backbones._common import SamBackbone, decoder_paths
 from lib.config import BackboneRow, from_mapping
 from lib.contracts import BackboneSpec, Features, PromptSet
 
@@ -45,21 +46,19 @@ def build(row: BackboneRow) -> Compact:
     return Compact(BackboneSpec(name=row.name, **row.spec), size)
 
 
-class Compact(nn.Module):
+class Compact(SamBackbone):
     """Encoder, prompt encoder and mask decoder behind :class:`lib.contracts.Backbone`."""
 
     def __init__(self, spec: BackboneSpec, size: CompactSize) -> None:
-        super().__init__()
-        self.spec = spec
-        self.weights_id = "random"
+        super().__init__(spec, _paths(size))
         self.image_encoder = Encoder(size, spec.prompt_width)
         self.prompt_encoder = PromptEncoder(spec)
         self.mask_decoder = MaskDecoder(spec.prompt_width, size)
-        self.paths = _paths(size)
         self.eval()
 
     def encode(self, x: Tensor, taps: tuple[str, ...] = ()) -> Features:
         """``x (B, 3, S, S)`` to features; ``taps`` out of ``stride4``, ``stride8``, ``stride16``."""
+        self.check_taps(taps)
         maps = self.image_encoder(x)
         embed, s1, s0 = self.image_encoder.fuse(maps)
         high = (self.mask_decoder.conv_s0(s0), self.mask_decoder.conv_s1(s1))
@@ -76,21 +75,12 @@ class Compact(nn.Module):
 
 
 def _paths(size: CompactSize) -> dict[str, str]:
-    paths: dict[str, str] = {"enc": "image_encoder", "dec": "mask_decoder"}
+    paths = {"enc": "image_encoder"}
+    parts = {"attn.qkv": "qkv", "attn.proj": "proj", "mlp": "mlp", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2"}
     for i in range(size.depths[2]):
         block = f"image_encoder.stage16.{i}"
-        paths |= {f"enc.block[{i}]": block, f"enc.block[{i}].attn.qkv": f"{block}.qkv"}
-        paths |= {f"enc.block[{i}].attn.proj": f"{block}.proj", f"enc.block[{i}].mlp.fc1": f"{block}.mlp.0"}
-        paths[f"enc.block[{i}].mlp.fc2"] = f"{block}.mlp.2"
-    names = {"self": "self_attn", "t2i": "cross_attn_token_to_image", "i2t": "cross_attn_image_to_token"}
-    for layer in range(2):
-        for short, name in names.items():
-            for part in ("q", "k", "v", "out"):
-                module = f"mask_decoder.transformer.layers.{layer}.{name}.{part}_proj"
-                paths[f"dec.layer[{layer}].{short}.{part}"] = module
-    for part in ("q", "k", "v", "out"):
-        paths[f"dec.final.{part}"] = f"mask_decoder.transformer.final_attn_token_to_image.{part}_proj"
-    return paths
+        paths |= {f"enc.block[{i}]": block} | {f"enc.block[{i}].{name}": f"{block}.{p}" for name, p in parts.items()}
+    return paths | decoder_paths("mask_decoder", "mlp.0", "mlp.2")
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -211,7 +201,8 @@ class PromptEncoder(nn.Module):
 
     def _tokens(self, xy: Tensor, kind: Tensor) -> Tensor:
         known = (kind != 4)[..., None]
-        position = self._fourier(torch.nan_to_num(xy + 0.5) / self.spec.input_size)
+        xy = torch.where(known, xy, torch.zeros_like(xy))
+        position = self._fourier((xy + 0.5) / self.spec.input_size)
         return self.kinds(kind) + torch.where(known, position, torch.zeros_like(position))
 
     def _sparse(self, prompts: PromptSet, pairs: int) -> Tensor:
@@ -267,10 +258,12 @@ class PromptEncoder(nn.Module):
 
     def _filled(self, xyxy: Tensor, at: Tensor) -> Tensor:
         soft = self.spec.input_size / 128
-        x0, y0, x1, y1 = xyxy.unbind(-1)
+        given = ~xyxy.isnan().any(-1)
+        known = torch.where(given[:, None], xyxy, torch.zeros_like(xyxy))  # keeps NaN out of the gradient
+        x0, y0, x1, y1 = known.unbind(-1)
         across = torch.sigmoid((at - x0[:, None]) / soft) * torch.sigmoid((x1[:, None] - at) / soft)
         down = torch.sigmoid((at - y0[:, None]) / soft) * torch.sigmoid((y1[:, None] - at) / soft)
-        return torch.nan_to_num(down[:, :, None] * across[:, None, :], nan=0.0)
+        return given[:, None, None] * down[:, :, None] * across[:, None, :]
 
 
 class Attention(nn.Module):

@@ -96,7 +96,8 @@ def test_embedding_cache_survives_restart_bit_equal(tmp_path: Path, high: bool) 
 
 
 @pytest.mark.parametrize(
-    "change", [{"content_hash": "d"}, {"axis": 1}, {"index": 5}, {"window": "0:2"}, {"weights_id": "x"}, {"backbone": "y"}]
+    "change",
+    [{"content_hash": "d"}, {"axis": 1}, {"index": 5}, {"window": "0:2"}, {"weights_id": "x"}, {"backbone": "y"}],
 )
 def test_embedding_key_each_part_changes_digest(change: dict) -> None:
     assert key(**change).digest() != key().digest()

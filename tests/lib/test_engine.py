@@ -1,4 +1,4 @@
-"""The engine with the random ``tiny`` backbone: purity, caching, threads, geometry of prompts. Quality is tested elsewhere."""
+"""The engine with the random ``tiny`` backbone: purity, caching, threads, prompts; quality is tested elsewhere."""
 
 from __future__ import annotations
 
@@ -145,9 +145,7 @@ def test_open_missing_file_says_so(engine: Engine, tmp_path: Path) -> None:
         (clicks((1, 1, 1), (1, 1, 2)), SegmentOptions(planar=True), "one slice"),
     ],
 )
-def test_segment_refuses(
-    engine: Engine, image: Path, prompts: UserPrompts, options: SegmentOptions, text: str
-) -> None:
+def test_segment_refuses(engine: Engine, image: Path, prompts: UserPrompts, options: SegmentOptions, text: str) -> None:
     with pytest.raises(PromptError, match=text):
         engine.segment(engine.open(image), prompts, options)
 

@@ -26,11 +26,11 @@ def visits(seeds: list[int], bounds: range) -> dict[int, int]:
 
 
 def test_propagate_goes_both_ways() -> None:
-    assert sorted(visits([5], range(0, 10))) == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+    assert sorted(visits([5], range(10))) == [0, 1, 2, 3, 4, 6, 7, 8, 9]
 
 
 def test_propagate_seeds_meet_in_the_middle() -> None:
-    assert visits([2, 7], range(0, 10)) == {0: 2, 1: 2, 3: 2, 4: 2, 5: 7, 6: 7, 8: 7, 9: 7}
+    assert visits([2, 7], range(10)) == {0: 2, 1: 2, 3: 2, 4: 2, 5: 7, 6: 7, 8: 7, 9: 7}
 
 
 def test_propagate_stays_in_bounds() -> None:
@@ -58,9 +58,9 @@ def test_stop_rule(after: SliceResult, stops: bool) -> None:
 
 
 def test_propagate_in_a_box_only_emptiness_stops() -> None:
-    found = propagate({5: result(8)}, range(0, 11), lambda *_: result(8, quality=0.1), StopRule(), keep_on=range(3, 8))
+    found = propagate({5: result(8)}, range(11), lambda *_: result(8, quality=0.1), StopRule(), keep_on=range(3, 8))
     assert sorted(found) == [3, 4, 5, 6, 7]
 
 
 def test_propagate_empty_seed_stays_alone() -> None:
-    assert sorted(propagate({5: result(-1)}, range(0, 11), lambda *_: result(), StopRule())) == [5]
+    assert sorted(propagate({5: result(-1)}, range(11), lambda *_: result(), StopRule())) == [5]

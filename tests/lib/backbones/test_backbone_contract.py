@@ -182,8 +182,7 @@ def test_coordinates_have_finite_gradients(make, name) -> None:
     (sparse.pow(2).sum() + sparse.sum() + dense.sum()).backward()
     assert torch.isfinite(xy.grad).all() and xy.grad.abs().max() > 0
     assert torch.isfinite(boxes.grad[0]).all() and boxes.grad[0].abs().max() > 0
-    if name in SAM_NAMES:  # compact leaves NaN in the gradient of a row without a box
-        assert torch.equal(boxes.grad[1], torch.zeros(4))
+    assert torch.equal(boxes.grad[1], torch.zeros(4))
 
 
 @pytest.mark.parametrize("name", NAMES)
