@@ -29,9 +29,10 @@ from torch import Tensor
 from lib.backbones.compact import Compact, build
 from lib.config import BackboneRow, WeightsEntry
 from lib.contracts import DecoderOut, PromptSet
+from lib.data.augment import augment, choose_objects, neighbour
 from lib.data.synthetic import make_sample
 from lib.decoder import decode
-from lib.nn.losses import balanced_bce, dice_loss, soft_iou
+from lib.nn.losses import pair_loss
 from lib.prompts.simulate import error_clicks, random_boxes, random_points
 
 logger = logging.getLogger(__name__)
@@ -106,62 +107,6 @@ def _synthetic(run: Path, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
         np.savez(path, images=np.stack([p[0] for p in pairs]), labels=np.stack([p[1] for p in pairs]))
     with np.load(path) as shard:
         return shard["images"], shard["labels"]
-
-
-def augment(images: Tensor, labels: Tensor, side: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random flips, rotation, zoom, stretch, gamma, inversion.
-
-    Args:
-        images: ``(B, 3, h, w)`` float in 0..1.
-        labels: ``(B, 1, h, w)`` float label numbers.
-        side: output side S.
-        rng: source of randomness.
-
-    Returns:
-        ``(B, 3, S, S)`` in 0..1 and ``(B, S, S)`` long.
-    """
-    b = len(images)
-    u = torch.rand(b, 8, generator=rng)
-    angle = (u[:, 0] - 0.5) * torch.pi / 3 + (u[:, 1] * 4).floor() * torch.pi / 2
-    zoom, stretch = torch.exp((u[:, 2] - 0.65) * 1.3), torch.exp((u[:, 3] - 0.5) * 0.5)
-    flip = torch.where(u[:, 4] < 0.5, -1.0, 1.0)
-    cos, sin = angle.cos() * zoom, angle.sin() * zoom
-    shift = (torch.rand(b, 2, generator=rng) - 0.5) * 0.5
-    theta = torch.stack(
-        [cos * stretch * flip, -sin / stretch, shift[:, 0], sin * stretch * flip, cos / stretch, shift[:, 1]], 1
-    )
-    grid = F.affine_grid(theta.view(b, 2, 3).to(images.device), [b, 1, side, side], align_corners=False)
-    images = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    labels = F.grid_sample(labels, grid, mode="nearest", padding_mode="zeros", align_corners=False)
-    gamma = torch.exp((u[:, 5] - 0.5) * 1.0).view(b, 1, 1, 1).to(images.device)
-    images = images.clamp(0, 1) ** gamma
-    inverted = (u[:, 6] < 0.15).view(b, 1, 1, 1).to(images.device)
-    return torch.where(inverted, 1 - images, images), labels[:, 0].round().long()
-
-
-def choose_objects(labels: Tensor, per_image: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Object masks and whose image they are.
-
-    Args:
-        labels: ``(B, S, S)`` long.
-        per_image: pairs wanted per image.
-        rng: source of randomness.
-
-    Returns:
-        ``(N, S, S)`` float masks and ``(N,)`` long image indices; images without a large enough object give none.
-    """
-    masks, index = [], []
-    least = labels.shape[-1] ** 2 * 0.0004
-    for b, label_map in enumerate(labels):
-        counts = torch.bincount(label_map.flatten(), minlength=2).tolist()
-        known = [k for k, c in enumerate(counts) if k > 0 and c >= least]
-        for _ in range(per_image if known else 0):
-            picked = rng.choice(known, size=2 if rng.random() < 0.12 else 1)
-            masks.append(torch.isin(label_map, torch.as_tensor(picked, device=label_map.device)))
-            index.append(b)
-    if not masks:
-        return labels.new_zeros(0, *labels.shape[-2:]).float(), torch.zeros(0, dtype=torch.long)
-    return torch.stack(masks).float(), torch.tensor(index)
 
 
 class Trainer:
@@ -303,52 +248,10 @@ class Trainer:
         return PromptSet(points, labels, prompts.boxes_xy, previous[:, None], given)
 
 
-def neighbour(masks: Tensor, rng: torch.Generator) -> Tensor:
-    """``(N, G, G)`` bool masks as the slice above or below might show them: moved, grown or shrunk a little."""
-    n = len(masks)
-    zoom = torch.exp((torch.rand(n, generator=rng) - 0.5) * 0.4)
-    shift = (torch.rand(n, 2, generator=rng) - 0.5) * 0.06
-    zero = torch.zeros(n)
-    theta = torch.stack([zoom, zero, shift[:, 0], zero, zoom, shift[:, 1]], 1).view(n, 2, 3).to(masks.device)
-    rows = torch.arange(masks.shape[-1], device=masks.device) / masks.shape[-1] * 2 - 1
-    weight = masks.float()
-    area = weight.flatten(1).sum(1).clamp_min(1)
-    centre = torch.stack([(weight.sum(1) * rows).sum(1) / area, (weight.sum(2) * rows).sum(1) / area], 1)
-    theta[:, :, 2] += centre * (1 - theta[:, [0, 1], [0, 1]])  # about the object's own centre
-    grid = F.affine_grid(theta, [n, 1, *masks.shape[-2:]], align_corners=False)
-    moved = F.grid_sample(weight[:, None], grid, mode="bilinear", align_corners=False)[:, 0] > 0.5
-    return torch.where(moved.flatten(1).any(1)[:, None, None], moved, masks)
-
-
 def normalise(x: Tensor, model: Compact) -> Tensor:
     """``(B, 3, S, S)`` in 0..1 to the backbone's input."""
     x = (x - x.new_tensor(model.spec.mean)[:, None, None]) / x.new_tensor(model.spec.std)[:, None, None]
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def pair_loss(out: DecoderOut, target: Tensor, present: Tensor, *, multimask: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Mask, IoU and objectness loss.
-
-    Args:
-        out: decoder output of N pairs.
-        target: ``(N, G, G)`` soft masks.
-        present: ``(N,)`` bool; absent pairs teach objectness only.
-        multimask: True also trains the best of tokens 1 to 3.
-
-    Returns:
-        Scalar loss, mean Dice of the single mask over present pairs, and ``(N,)`` the candidate to feed back.
-    """
-    n, m = out.masks.shape[:2]
-    flat, wide = out.masks.flatten(0, 1), target.repeat_interleave(m, 0)
-    mask_loss = (balanced_bce(flat, wide) + dice_loss(flat, wide)).view(n, m)
-    best = mask_loss[:, 1:].argmin(1) + 1
-    chosen = mask_loss[:, 0] + (mask_loss.gather(1, best[:, None])[:, 0] if multimask else 0)
-    iou = soft_iou(flat, wide).view(n, m).detach()
-    count = present.sum().clamp_min(1)
-    loss = (chosen * present).sum() / count + (((out.iou - iou) ** 2).mean(1) * present).sum() / count
-    obj = F.binary_cross_entropy_with_logits(out.obj[:, 0], present.float())  # type: ignore[index]
-    dice = ((2 * iou[:, 0] / (1 + iou[:, 0])) * present).sum() / count
-    return loss + 0.2 * obj, dice, best
 
 
 def train_leg(run: Path, minutes: float, device: str) -> bool:

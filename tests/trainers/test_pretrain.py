@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from lib.config import CONFIG_DIR, backbone_row, from_mapping, read_yaml
+from lib.data.augment import augment, choose_objects, neighbour
 from lib.data.split import hippocampus_split, nuclei_split
 from lib.data.synthetic import make_sample
+from lib.nn.losses import pair_loss
 from trainers import pretrain, pretrain_data
-from trainers.pretrain import Bank, Recipe, Trainer, augment, choose_objects, neighbour, pair_loss
+from trainers.pretrain import Bank, Recipe, Trainer
 
 SMALL = {"widths": [8, 16, 32], "depths": [1, 1, 1], "heads": 2, "decoder_heads": 2, "decoder_mlp": 32}
 
