@@ -13,7 +13,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from lib.errors import AppError
+
 logger = logging.getLogger(__name__)
+CLOSE_LIMIT_S = 20.0  # a single block of the largest encoder on two cores
+
+
+class ClosedError(Exception):
+    """Ends background work in mid-slice when its owner goes."""
 
 
 class Gate:
@@ -22,6 +29,7 @@ class Gate:
     def __init__(self) -> None:
         self._clicks = 0
         self._quiet = threading.Condition()
+        self._closed = False
         self._local = threading.local()
 
     @contextmanager
@@ -59,10 +67,27 @@ class Gate:
         return getattr(self._local, "background", False)
 
     def pause(self) -> None:
-        """Returns at once in a click; in the background, when no click is running."""
+        """Returns at once in a click; in the background, when no click is running.
+
+        Raises:
+            ClosedError: in the background, after :meth:`close`.
+        """
         if self.is_background():
             with self._quiet:
-                self._quiet.wait_for(lambda: self._clicks <= 0)
+                self._quiet.wait_for(lambda: self._clicks <= 0 or self._closed)
+                if self._closed:
+                    raise ClosedError
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
+
+    def close(self) -> None:
+        """Ends every background thread at its next pause."""
+        with self._quiet:
+            self._closed = True
+            self._quiet.notify_all()
 
     def _count(self, change: int) -> None:
         with self._quiet:
@@ -84,7 +109,8 @@ class Background:
         """Forgets the waiting jobs and takes these, first first."""
         with self._news:
             self._jobs = list(jobs)
-            if self._thread is None and jobs:
+            alive = self._thread is not None and self._thread.is_alive()
+            if jobs and not alive and not self._gate.is_closed:
                 self._thread = threading.Thread(target=self._run, name="autosam-background", daemon=True)
                 self._thread.start()
             self._news.notify_all()
@@ -99,6 +125,13 @@ class Background:
         with self._news:
             return len(self._jobs) + int(self._busy)
 
+    def close(self) -> None:
+        """Ends the thread. Python aborts when it exits while a thread is inside torch, so owners must close."""
+        self._gate.close()
+        self.replace([_nothing])  # wakes a thread that waits for work
+        if self._thread is not None:
+            self._thread.join(CLOSE_LIMIT_S)
+
     def _run(self) -> None:
         with self._gate.background():
             while True:
@@ -106,10 +139,11 @@ class Background:
                 try:
                     self._gate.pause()
                     job()
-                except Exception as error:  # a failed guess at future work costs nothing; the click itself will tell
+                except ClosedError:
+                    return
+                except (AppError, RuntimeError, OSError, ValueError) as error:
+                    # a failed guess at future work costs nothing: the click on that slice will tell
                     logger.warning("background work failed: %s", type(error).__name__)
-                    if isinstance(error, MemoryError):
-                        raise
 
     def _next(self) -> Callable[[], object]:
         with self._news:
@@ -118,3 +152,7 @@ class Background:
             self._news.wait_for(lambda: bool(self._jobs))
             self._busy = True
             return self._jobs.pop(0)
+
+
+def _nothing() -> None:
+    """A job that only wakes the thread."""

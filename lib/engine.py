@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,7 @@ class Engine:
         self.rule = StopRule()
         self._gate = Gate()
         self._background = Background(self._gate)
+        weakref.finalize(self, self._background.close)  # also at exit
         self._volumes: Lru[Volume] = Lru(settings.volumes_in_memory, lambda _: 1)
         self._cache = EmbeddingCache(
             settings.cache_memory_mb << 20, settings.cache_dir, settings.cache_disk_mb << 20, self._gate.waiting
@@ -176,9 +178,10 @@ class Engine:
 
     def _let_clicks_pass(self, backbone: Any) -> None:
         """Background encoding steps aside before every encoder block."""
+        gate = self._gate
         blocks = {path for name, path in backbone.paths.items() if name.startswith("enc.block[") and name.endswith("]")}
         for path in blocks:
-            backbone.get_submodule(path).register_forward_pre_hook(lambda *_: self._gate.pause())
+            backbone.get_submodule(path).register_forward_pre_hook(lambda *_: gate.pause())
 
     def wait_for_background(self, timeout_s: float) -> bool:
         """Waits for the background encoder, for tests and benches; False if it is not done by then."""

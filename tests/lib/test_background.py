@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 from lib.background import Background, Gate
 from lib.cache import Lru
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_background_runs_jobs_in_order() -> None:
@@ -89,3 +94,38 @@ def test_click_waiting_for_background_value_does_not_deadlock() -> None:
     thread.start()
     thread.join(5)
     assert answer == [5]
+
+
+def test_close_ends_the_thread_in_mid_job() -> None:
+    gate, begun = Gate(), threading.Event()
+    background = Background(gate)
+
+    def endless() -> None:
+        begun.set()
+        while True:
+            gate.pause()
+            time.sleep(0.01)
+
+    background.replace([endless, endless])
+    assert begun.wait(5)
+    background.close()
+    assert background._thread is not None
+    assert not background._thread.is_alive()
+
+
+def test_python_exits_cleanly_while_the_background_encodes() -> None:
+    """Without closing, the interpreter aborts: a daemon thread inside torch outlives it."""
+    code = (
+        "import tempfile, threading, torch\n"
+        "from lib.config import AppSettings\n"
+        "from lib.engine import Engine\n"
+        "engine = Engine(AppSettings.from_conf({'backbone': 'tiny', 'cache_dir': tempfile.mkdtemp()}))\n"
+        "begun = threading.Event()\n"
+        "def work():\n"
+        "    while True:\n"
+        "        begun.set(); torch.randn(400, 400) @ torch.randn(400, 400); engine._gate.pause()\n"
+        "engine._background.replace([work])\n"
+        "assert begun.wait(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

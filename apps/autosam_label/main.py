@@ -1,0 +1,112 @@
+"""The app that MONAI Label's loader executes under the module name ``main``, in the server and in every training child.
+
+It puts the repository root on the path, forgets our own packages of an earlier load (``/reload`` executes this file
+again), and wires the tasks to one engine. Building the app loads no weights, downloads nothing and writes no file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Optional
+
+from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelError, MONAILabelException
+from monailabel.interfaces.tasks.infer_v2 import InferTask
+from monailabel.interfaces.tasks.strategy import Strategy
+from monailabel.tasks.activelearning.first import First
+from monailabel.tasks.activelearning.random import Random
+
+ROOT = str(Path(__file__).resolve().parents[2])
+OURS = ("lib", "infers", "trainers")
+
+sys.path[:] = [ROOT, *(p for p in sys.path if p != ROOT)]
+for _name in [m for m in sys.modules if m.split(".")[0] in OURS]:
+    del sys.modules[_name]
+
+from infers.interactive import SamTask
+from lib.config import AppSettings
+from lib.engine import Engine
+
+
+class AutoSamLabel(MONAILabelApp):
+    """Interactive segmentation with SAM-family models.
+
+    Args:
+        app_dir: this folder; nothing is written into it.
+        studies: folder of images or DICOMweb address.
+        conf: ``--conf`` pairs, see :class:`lib.config.AppSettings`.
+
+    Raises:
+        ConfigError: for a wrong ``--conf``; the server then does not start.
+    """
+
+    def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
+        self.settings = AppSettings.from_conf(conf)
+        self.engine = Engine(self.settings)
+        super().__init__(
+            app_dir=app_dir,
+            studies=studies,
+            conf=conf,
+            name="autosam_label",
+            description="Segmentation with SAM-family models from clicks and boxes",
+            version="0.1",
+        )
+
+    def init_infers(self) -> dict[str, InferTask]:
+        """The tasks by the names that clients show."""
+        labels = self.settings.labels
+        return {"sam": SamTask(self.engine, labels, 3), "sam_2d": SamTask(self.engine, labels, 2)}
+
+    def init_strategies(self) -> dict[str, Strategy]:
+        """Upstream's two simple ways to choose the next image."""
+        return {"random": Random(), "first": First()}
+
+    def infer(self, request: dict[str, Any], datastore: Optional[Datastore] = None) -> dict[str, Any]:
+        """Upstream's inference on an image of the store, a session or an upload, and on nothing else.
+
+        Raises:
+            MONAILabelException: for an unknown image or model, a path outside these places, or a wrong request.
+        """
+        tag = request.get("label_tag", "original")
+        if not isinstance(tag, str) or not re.fullmatch(r"\w[\w-]*", tag):
+            raise MONAILabelException(
+                MONAILabelError.INVALID_INPUT, "label_tag: expected letters, digits and dashes, such as original."
+            )
+        image = self._known_image(request.get("image"), datastore or self.datastore())
+        return super().infer({**request, "image": image}, datastore)
+
+    def _known_image(self, image: Any, datastore: Datastore) -> str:
+        """The image as upstream may look it up. It opens any path of the server that it is given, so this must not."""
+        if isinstance(image, str) and os.path.basename(image) == image not in ("", ".", ".."):
+            path = self._path_in(datastore, image)
+            if path:  # upstream takes an id for a path where the working directory has a file of that name
+                return path if os.path.exists(image) else image
+        elif isinstance(image, str) and os.path.isabs(image) and self._may_open(image):
+            return image
+        raise ImageNotFoundException(
+            "The image is not known here: expected an id out of the datastore, a session that has not expired, or an "
+            "uploaded file. Choose the image again, or upload it."
+        )
+
+    @staticmethod
+    def _path_in(datastore: Datastore, image_id: str) -> str:
+        try:
+            return datastore.get_image_uri(image_id)
+        except Exception as error:  # a remote store reports an unknown id in its own ways
+            raise ImageNotFoundException("The datastore does not know this image or cannot be reached.") from error
+
+    def _may_open(self, path: str) -> bool:
+        """Whether a path lies in the studies or the sessions, or is a file that the server itself put away."""
+        real = Path(path).resolve()
+        folders = [] if "://" in self.studies else [Path(self.studies).resolve()]
+        if self.sessions() is not None:
+            folders.append(Path(self.sessions().store_path).resolve())
+        uploaded = real.parent == Path(tempfile.gettempdir()).resolve() and real.name.startswith(
+            tempfile.gettempprefix()
+        )
+        return real.exists() and (uploaded or any(folder in real.parents for folder in folders))

@@ -1,0 +1,185 @@
+"""One command from a fresh clone to a running server, and one to a tested tree. Standard library only.
+
+    python3 apps/autosam_label/start.py demo                  installs, writes a small demo study, starts the server
+    python3 apps/autosam_label/start.py serve --studies DIR   the same on your own images (or a DICOMweb address)
+    python3 apps/autosam_label/start.py test [pytest args]    installs the development tools too and runs the tests
+
+Everything is installed into ``.venv`` in the repository root. A stamp file holds the digest of what was asked for, so
+an up-to-date environment costs nothing, and an installation that was interrupted is done again from the start.
+"""
+
+import argparse
+import hashlib
+import os
+import socket
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+APP = ROOT / "apps" / "autosam_label"
+PYTHONS = ((3, 11), (3, 12))
+INSTALLING = ".installing"
+WELCOME = """Starting the server on {0}: 16 to 60 s until it answers, Ctrl-C ends it.
+3D Slicer: extension MONAI Label, server {0}, Next Sample, then the points tab (SmartEdit).
+OHIF: needs images behind DICOMweb: serve --studies http://HOST/dicom-web, then open {0}/ohif/"""
+
+
+def main() -> int:
+    """Runs one command and returns its exit code."""
+    if sys.version_info[:2] not in PYTHONS:
+        return _refuse_python()
+    parser = _parser()
+    args, rest = parser.parse_known_args()
+    if rest and args.command != "test":
+        parser.error("unrecognized arguments: " + " ".join(rest))
+    if args.command == "test":
+        python = _environment(args.venv, "requirements-dev.txt")
+        return subprocess.call([str(python), "-m", "pytest", *rest], cwd=str(ROOT), env=_child_environment(python))
+    if not _port_is_free(args.host, args.port):
+        return _fail("Port {} on {} is in use; choose another with --port.".format(args.port, args.host))
+    python = _environment(args.venv, "requirements.txt")
+    studies = _demo_studies(python) if args.command == "demo" else args.studies
+    return _serve(python, studies, args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="the environment's folder (default: .venv)")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("demo", "serve"):
+        command = commands.add_parser(name)
+        command.add_argument(
+            "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens it to your network"
+        )
+        command.add_argument("--port", type=int, default=8000)
+        command.add_argument("--conf", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"))
+        if name == "serve":
+            command.add_argument("--studies", required=True, help="folder of images, or a DICOMweb address")
+    commands.add_parser("test", add_help=False)
+    return parser
+
+
+def _refuse_python() -> int:
+    wanted = " or ".join("{}.{}".format(*v) for v in PYTHONS)
+    found = "{}.{}".format(*sys.version_info[:2])
+    return _fail("autosam_label needs Python {}, this is {}. Run it as: python3.11 {}".format(wanted, found, __file__))
+
+
+def _fail(message: str) -> int:
+    print(message, file=sys.stderr)
+    return 2
+
+
+def _port_is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _environment(folder: Path, requirements: str) -> Path:
+    """The interpreter of an environment that satisfies ``requirements``; installs what is missing."""
+    folder = folder.absolute()
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    stamp, digest = folder / (".installed-" + requirements), _digest(requirements)
+    if stamp.is_file() and stamp.read_text() == digest and not (folder / INSTALLING).exists():
+        return python
+    if not _usable(folder, python):
+        _create(folder)
+    (folder / INSTALLING).touch()
+    try:
+        _install(python, requirements)
+    except subprocess.CalledProcessError:
+        (folder / INSTALLING).unlink()  # pip itself gave up and cleaned up: the next run goes on from here
+        sys.exit(_fail("The installation failed; see pip's message above. The same command tries again."))
+    for name in {"requirements.txt", requirements}:  # the development file includes the other one
+        (folder / (".installed-" + name)).write_text(_digest(name))
+    (folder / INSTALLING).unlink()
+    return python
+
+
+def _create(folder: Path) -> None:
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").exists():
+        sys.exit(_fail("{} exists and is not a Python environment; choose another folder with --venv.".format(folder)))
+    print("Creating {} ...".format(folder), flush=True)
+    try:
+        venv.create(str(folder), with_pip=True, clear=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(_fail("Cannot create it: {}. On Debian and Ubuntu: apt install python3-venv".format(error)))
+
+
+def _digest(requirements: str) -> str:
+    texts = [(ROOT / name).read_bytes() for name in sorted({"requirements.txt", requirements})]
+    return hashlib.sha256(b"\0".join([*texts, repr(sys.version_info[:2]).encode()])).hexdigest()
+
+
+def _usable(folder: Path, python: Path) -> bool:
+    """Whether the environment can be built on: of this Python version, with pip, not left in mid-installation."""
+    if (folder / INSTALLING).exists() or not python.exists():
+        return False
+    probe = "import pip, sys; sys.exit(sys.version_info[:2] != {!r})".format(tuple(sys.version_info[:2]))
+    return subprocess.call([str(python), "-c", probe], stderr=subprocess.DEVNULL) == 0
+
+
+def _install(python: Path, requirements: str) -> None:
+    """Installs in three steps because sam2 comes as source only and asks for torch to build.
+
+    In pip's isolated build environment that would fetch a second torch, 3 GB, so torch comes first and sam2 is built
+    against it, without its optional CUDA extension.
+    """
+    print("Installing {}: 4 to 9 minutes and 8 GB the first time ...".format(requirements), flush=True)
+    pins = _pins()
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install"]
+    env = dict(_child_environment(python), SAM2_BUILD_CUDA="0")
+    for step in (
+        [pins["setuptools"], pins["numpy"], pins["torch"], pins["torchvision"]],
+        ["--no-deps", "--no-build-isolation", pins["sam2"]],
+        ["-r", str(ROOT / requirements)],
+    ):
+        subprocess.run([*pip, *step], check=True, env=env)
+
+
+def _pins() -> dict:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return {line.split("==")[0]: line.strip() for line in lines if "==" in line and not line.startswith("#")}
+
+
+def _child_environment(python: Path) -> dict:
+    """Ours, with the repository on the path and byte code kept: without it every start takes 30 s longer."""
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONDONTWRITEBYTECODE", "PYTHONHOME")}
+    env["PATH"] = str(python.parent) + os.pathsep + env.get("PATH", "")
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    return env
+
+
+def _demo_studies(python: Path) -> str:
+    """The demo folder; written once, under a temporary name until it is whole."""
+    studies, unfinished = ROOT / "demo" / "studies", ROOT / "demo" / "unfinished-{}".format(os.getpid())
+    if not studies.is_dir():
+        code = "import sys; from lib.data.phantom import write_demo_study; write_demo_study(sys.argv[1])"
+        unfinished.mkdir(parents=True)
+        subprocess.run([str(python), "-c", code, str(unfinished)], check=True, env=_child_environment(python))
+        unfinished.rename(studies)
+    return str(studies)
+
+
+def _serve(python: Path, studies: str, args: argparse.Namespace) -> int:
+    command = [str(python), "-m", "monailabel.main", "start_server", "--app", str(APP), "--studies", studies]
+    command += ["--host", args.host, "--port", str(args.port), "--uvicorn_app", "apps.autosam_label.server:app"]
+    for pair in args.conf:
+        command += ["--conf", *pair]
+    address = "http://{}:{}".format("127.0.0.1" if args.host == "0.0.0.0" else args.host, args.port)
+    print(WELCOME.format(address), flush=True)
+    env = _child_environment(python)
+    if os.name == "nt":
+        return subprocess.call(command, env=env)
+    os.execve(command[0], command, env)  # the server takes our place, so that signals reach it
+
+
+if __name__ == "__main__":
+    sys.exit(main())

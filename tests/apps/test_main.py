@@ -1,0 +1,163 @@
+"""The app under MONAI Label's own loader: from any directory, again and again, and as a training child builds it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from monailabel.config import settings
+from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelException
+from monailabel.interfaces.utils.app import app_instance, clear_cache
+
+from tests.serving import APP, ROOT
+
+OURS = ("lib", "infers", "trainers")
+
+
+@pytest.fixture
+def studies(tmp_path: Path) -> Path:
+    folder = tmp_path / "studies"
+    folder.mkdir()
+    voxels = np.random.default_rng(0).normal(100, 20, (24, 20, 8)).astype(np.float32)
+    nib.save(nib.Nifti1Image(voxels, np.diag([1.0, 1.0, 3.0, 1.0])), folder / "case.nii.gz")
+    return folder
+
+
+@pytest.fixture
+def conf(tmp_path: Path) -> dict[str, str]:
+    return {"backbone": "tiny", "cache_dir": str(tmp_path / "cache")}
+
+
+@pytest.fixture
+def load(studies: Path, conf: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """Builds the app as the server does; leaves this process's modules and path as they were."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(ROOT))])
+    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] in OURS}
+    monkeypatch.setattr(settings, "MONAI_LABEL_SESSION_PATH", str(tmp_path / "sessions"))
+    clear_cache()
+    yield lambda **more: app_instance(str(APP), str(studies), {**conf, **more})
+    clear_cache()
+    for name in [m for m in sys.modules if m.split(".")[0] in OURS]:
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+def click(**more: Any) -> dict[str, Any]:
+    return {"model": "sam", "image": "case", "foreground": [[12, 10, 4]], "result_write_to_file": False, **more}
+
+
+def test_app_loads_from_another_directory_and_answers(load) -> None:
+    app = load()
+    assert set(app.info()["models"]) == {"sam", "sam_2d"}
+    assert app.infer(click())["params"]["label_names"] == {"object": 1}
+    assert sys.path[0] == str(ROOT)
+
+
+def test_app_loads_again_with_fresh_modules_of_one_generation(load) -> None:
+    first = load()
+    wanted = first.infer(click())["params"]["quality"]
+    clear_cache()
+    second = load()
+    assert type(second) is not type(first)
+    assert type(second.engine) is sys.modules["lib.engine"].Engine
+    assert type(first.engine) is not type(second.engine)
+    assert second.infer(click())["params"]["quality"] == wanted
+    with pytest.raises(
+        MONAILabelException, match="positive point"
+    ):  # an error class of a stale generation would escape
+        second.infer(click(foreground=[]))
+    assert sys.path.count(str(ROOT)) == 1
+
+
+def test_app_writes_nothing_and_loads_no_weights(load, tmp_path: Path) -> None:
+    before = {p for p in APP.rglob("*") if "__pycache__" not in p.parts}
+    app = load()
+    assert app.info()["models"]["sam"]["engine"]["weights_id"] is None
+    assert {p for p in APP.rglob("*") if "__pycache__" not in p.parts} == before
+    assert not (tmp_path / "cache").exists()
+
+
+def test_app_offers_the_labels_it_is_told(load) -> None:
+    assert load(labels="liver, spleen").info()["labels"] == ["liver", "spleen"]
+
+
+def test_app_unknown_setting_is_told_with_the_nearest_spelling(load) -> None:
+    with pytest.raises(Exception, match=r"unknown key 'bakbone'.*Did you mean 'backbone'"):
+        load(bakbone="tiny")
+
+
+@pytest.mark.parametrize(
+    "image", ["nobody", "", ".", "..", "../studies/case", "/etc/hostname", "case.nii.gz", None, 7, ["case"]]
+)
+def test_infer_unknown_image_is_refused(load, image: Any) -> None:
+    with pytest.raises(ImageNotFoundException, match="not known here"):
+        load().infer(click(image=image))
+
+
+def test_infer_opens_paths_of_studies_and_uploads_only(load, studies: Path, tmp_path: Path, monkeypatch) -> None:
+    app, case = load(), studies / "case.nii.gz"
+    assert app.infer(click(image=str(case)))["params"]["axis"] == "k"
+    uploads = tmp_path / "uploads"
+    uploads.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(uploads))
+    (uploads / "tmpx.nii.gz").write_bytes(case.read_bytes())
+    (uploads / "other.nii.gz").write_bytes(case.read_bytes())
+    assert app.infer(click(image=str(uploads / "tmpx.nii.gz")))["params"]["axis"] == "k"
+    (uploads / "tmpy.nii.gz").symlink_to(tmp_path)
+    (studies / "link.nii.gz").symlink_to(uploads / "other.nii.gz")
+    for path in ("other.nii.gz", "tmpy.nii.gz", "tmp_absent.nii.gz"):
+        with pytest.raises(ImageNotFoundException):
+            app.infer(click(image=str(uploads / path)))
+    for path in (studies / "link.nii.gz", studies / ".." / "uploads" / "other.nii.gz"):
+        with pytest.raises(ImageNotFoundException):
+            app.infer(click(image=str(path)))
+
+
+def test_infer_id_wins_over_a_file_of_the_working_directory(load, tmp_path: Path) -> None:
+    (tmp_path / "case").write_text("not an image")
+    assert load().infer(click())["params"]["axis"] == "k"
+
+
+@pytest.mark.parametrize("tag", ["../../x", "/x", "", "a/b", 5])
+def test_infer_label_tag_stays_inside_the_store(load, tag: Any) -> None:
+    with pytest.raises(MONAILabelException, match="label_tag"):
+        load().infer(click(label_tag=tag))
+
+
+def test_infer_saves_a_label_where_asked(load, studies: Path) -> None:
+    app = load()
+    app.infer(click(save_label=True, label_tag="first_guess", result_write_to_file=True))
+    assert (studies / "labels" / "first_guess" / "case.nrrd").is_file()
+
+
+def test_training_child_builds_the_app(studies: Path, conf: dict[str, str], tmp_path: Path) -> None:
+    """The environment and command of upstream's training job; it has no trainer yet and says so."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MONAI_")}
+    env.update(
+        MONAI_LABEL_APP_DIR=str(APP),
+        MONAI_LABEL_STUDIES=str(studies),
+        MONAI_LABEL_APP_CONF=json.dumps(conf),
+        MONAI_LABEL_SESSION_PATH=str(tmp_path / "sessions"),
+        PYTHONPATH=os.pathsep.join(["", str(APP)]),
+    )
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+        )
+
+    refused = run("-m", "monailabel.interfaces.utils.app", "-m", "train", "-r", json.dumps({"model": "adapt"}))
+    assert "There is no model 'adapt' available" in refused.stderr
+    code = "import sys, json; from monailabel.interfaces.utils.app import app_instance as a;"
+    code += "sys.stdout.write(json.dumps(a().infer(json.loads(sys.argv[1]))['params']['label_names']))"
+    answered = run("-c", code, json.dumps(click()))
+    assert answered.stdout == '{"object": 1}', answered.stderr[-3000:]
