@@ -5,8 +5,8 @@
 Four real servers (upstream, ours with sam2.1_tiny, ours with compact, one that returns empty labels) answer the same
 Slicer requests on the same generated 512x512x40 volumes. Upstream and sam2.1_tiny read the same checkpoint: random
 weights in the official layout, since no time depends on their values. Steps are interleaved between systems, and
-everything else stands still meanwhile. Beside them: the bare decoder call in this process. About 15 minutes on two idle
-cores, half of them upstream's 3-D click and the encoding of whole volumes with sam2.1_tiny.
+everything else stands still meanwhile. Beside them: the bare decoder call in a process of its own. About 15 minutes on
+two idle cores, half of them upstream's 3-D click and the encoding of whole volumes with sam2.1_tiny.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench import common
 from bench.common import Answer, Report, Slicer, Verdict, median, seconds
+from bench.decoder import bare_decoder
 from lib.engine import StopRule
 
 SHAPE = (512, 512, 40)
@@ -28,6 +29,8 @@ MIDDLE = (179, 234, 20)
 PARK = "park"  # one slice; a click on it ends the background encoding of every other volume
 FASTER_2D, FASTER_3D, OVER_THE_FLOOR, LIKE_A_SECOND_CLICK = 20.0, 10.0, 1.5, 1.5
 UPSTREAM, EMPTY, SAM2, COMPACT = "upstream Sam2InferTask", "empty request", "ours, sam2.1_tiny", "ours, compact"
+
+BACKBONES = {SAM2: common.SAM2_ROW, COMPACT: "compact"}
 
 
 @dataclass
@@ -53,7 +56,7 @@ class System:
     @property
     def is_ours(self) -> bool:
         """Whether it encodes in the background."""
-        return self.name in (SAM2, COMPACT)
+        return self.name in BACKBONES
 
     def click(self, what: str, image: str, k: int = MIDDLE[2], **more: object) -> Answer:
         """A click on slice ``k`` as this system's 2-D click: ours is the 3-D task without propagation."""
@@ -172,39 +175,15 @@ def encode_all(system: System, image: str) -> None:
 
 def second_clicks(systems: dict[str, System], image: str, rounds: int) -> dict[str, list[float]]:
     """Clicks where everything is encoded, all systems in turn, and the bare decoder; returns the latter's times."""
-    bare = {SAM2: bare_decoder(common.SAM2_ROW), COMPACT: bare_decoder("compact")}
-    floor: dict[str, list[float]] = {name: [] for name in bare}
-    for _ in range(rounds):
-        for system in systems.values():
-            system.click("second", image)
-            if system.is_ours:
-                system.ask("second, sam_2d", "sam_2d", image, foreground=[list(MIDDLE)], slice=MIDDLE[2])
-                floor[system.name] += [bare[system.name]() for _ in range(2)]
+    floor: dict[str, list[float]] = {name: [] for name in BACKBONES}
+    with bare_decoder(*BACKBONES.values()) as bare:
+        for _ in range(rounds):
+            for system in systems.values():
+                system.click("second", image)
+                if system.is_ours:
+                    system.ask("second, sam_2d", "sam_2d", image, foreground=[list(MIDDLE)], slice=MIDDLE[2])
+                    floor[system.name] += [bare.seconds(BACKBONES[system.name]) for _ in range(2)]
     return floor
-
-
-def bare_decoder(name: str) -> Callable[[], float]:
-    """A function that runs prompt encoder and mask decoder once on one slice's features and says how long it took."""
-    import torch
-
-    from lib.contracts import PromptSet
-    from lib.decoder import decode
-    from lib.loading import load_backbone
-
-    backbone = load_backbone(name, random_seed=0)
-    side = backbone.spec.input_size
-    with torch.inference_mode():
-        features = backbone.encode(torch.zeros(1, 3, side, side))
-    click = PromptSet(points_xy=torch.full((1, 1, 2), side / 2), labels=torch.ones(1, 1, dtype=torch.long))
-
-    def run() -> float:
-        start = time.perf_counter()
-        with torch.inference_mode():
-            decode(backbone.spec, backbone.mask_decoder, features, backbone.embed_prompts(click))
-        return time.perf_counter() - start
-
-    run()
-    return run
 
 
 def two_users(system: System, images: list[str], rounds: int) -> None:

@@ -127,7 +127,11 @@ def machine() -> str:
     name = cpu.group(1) if cpu else "unknown processor"
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
-    return f"{name}, {cores} cores, {gpu}, torch {torch.__version__} with {threads} threads. Before the run: {load()}."
+    waiting = os.environ.get("OMP_WAIT_POLICY", "not set")
+    return (
+        f"{name}, {cores} cores, {gpu}, torch {torch.__version__} with {threads} threads (OMP_WAIT_POLICY {waiting}). "
+        f"Before the run: {load()}."
+    )
 
 
 def load() -> str:

@@ -52,7 +52,8 @@ class SamTask(InferTask):
             MONAILabelException: for everything the user or the operator can mend; the message says how.
         """
         try:
-            return self._answer(request)
+            with self._engine.foreground():
+                return self._answer(request)
         except (PromptError, VolumeError) as error:
             raise MONAILabelException(MONAILabelError.INVALID_INPUT, str(error)) from error
         except AppError as error:
@@ -62,7 +63,7 @@ class SamTask(InferTask):
         start = time.perf_counter()
         planar = self.dimension == 2
         options, reply = read_options(request, planar), read_reply(request, self.labels[0])
-        volume = self._engine.open(request["image"], options.window)
+        volume = self._engine.open(request["image"])
         if volume.is_2d and not planar:
             raise PromptError("Expected a volume, received a 2-D image. Use the model sam_2d.")
         prompts, warnings = read_prompts(request, volume.shape, planar)

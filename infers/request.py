@@ -189,9 +189,17 @@ def _numbers(value: Any, where: str, lengths: tuple[int, ...], what: str) -> lis
     plain = isinstance(value, (list, tuple)) and len(value) in lengths
     if not plain or not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in value):
         raise PromptError(f"{where}: expected {what}, received {value!r}.")
-    if not all(math.isfinite(n) for n in value):
+    if not all(_is_finite(n) for n in value):
         raise PromptError(f"{where}: expected finite numbers, received {value!r}.")
     return [round(n) for n in value]
+
+
+def _is_finite(number: float) -> bool:
+    """False for NaN, infinity and whole numbers too large for a float."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def _parsed(value: Any, key: str) -> list[Any]:
@@ -212,7 +220,7 @@ def _slice_index(value: Any) -> Optional[int]:
     """``slice`` as a ``k`` index; negative means none, as upstream has it."""
     if value is None or value == "":
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
         raise PromptError(f"slice: expected a slice index, received {value!r}.")
     return round(value) if value >= 0 else None
 
@@ -227,7 +235,7 @@ def _read_window(value: Any) -> Optional[tuple[float, float]]:
     parts = value.strip("[]()").replace(",", " ").split() if isinstance(value, str) else value
     try:
         lo, hi = (float(part) for part in parts)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise PromptError(
             f"window: expected auto, one of {sorted(PRESETS)} or two intensities 'low, high', received {value!r}."
         ) from None

@@ -28,6 +28,7 @@ class Gate:
 
     def __init__(self) -> None:
         self._clicks = 0
+        self._wanted = 0
         self._quiet = threading.Condition()
         self._closed = False
         self._local = threading.local()
@@ -35,23 +36,20 @@ class Gate:
     @contextmanager
     def foreground(self) -> Iterator[None]:
         """Everything inside is a click: the background waits."""
-        self._count(+1)
+        self._count(clicks=+1)
         try:
             yield
         finally:
-            self._count(-1)
+            self._count(clicks=-1)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Inside a click: it waits for the background, which may therefore go on."""
-        if self.is_background():
-            yield
-            return
-        self._count(-1)
+        """Inside a click: it waits for the background, which may therefore go on, whoever else is clicking."""
+        self._count(wanted=+1)
         try:
             yield
         finally:
-            self._count(+1)
+            self._count(wanted=-1)
 
     @contextmanager
     def background(self) -> Iterator[None]:
@@ -67,14 +65,14 @@ class Gate:
         return getattr(self._local, "background", False)
 
     def pause(self) -> None:
-        """Returns at once in a click; in the background, when no click is running.
+        """Returns at once in a click; in the background, when no click is running or one waits for the background.
 
         Raises:
             ClosedError: in the background, after :meth:`close`.
         """
         if self.is_background():
             with self._quiet:
-                self._quiet.wait_for(lambda: self._clicks <= 0 or self._closed)
+                self._quiet.wait_for(lambda: self._clicks <= 0 or self._wanted > 0 or self._closed)
                 if self._closed:
                     raise ClosedError
 
@@ -89,9 +87,10 @@ class Gate:
             self._closed = True
             self._quiet.notify_all()
 
-    def _count(self, change: int) -> None:
+    def _count(self, clicks: int = 0, wanted: int = 0) -> None:
         with self._quiet:
-            self._clicks += change
+            self._clicks += clicks
+            self._wanted += wanted
             self._quiet.notify_all()
 
 
@@ -129,29 +128,40 @@ class Background:
         """Ends the thread. Python aborts when it exits while a thread is inside torch, so owners must close."""
         self._gate.close()
         self.replace([_nothing])  # wakes a thread that waits for work
-        if self._thread is not None:
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(CLOSE_LIMIT_S)
 
     def _run(self) -> None:
         with self._gate.background():
-            while True:
-                job = self._next()
-                try:
-                    self._gate.pause()
-                    job()
-                except ClosedError:
-                    return
-                except (AppError, RuntimeError, OSError, ValueError) as error:
-                    # a failed guess at future work costs nothing: the click on that slice will tell
-                    logger.warning("background work failed: %s", type(error).__name__)
+            try:
+                while True:
+                    self._work()
+            except ClosedError:
+                logger.debug("background work ends with its engine")
+            finally:
+                self._rest()
+
+    def _work(self) -> None:
+        """One job. Nothing holds it afterwards: it may be the last to know its engine."""
+        job = self._next()
+        self._gate.pause()
+        try:
+            job()
+        except (AppError, RuntimeError, OSError, ValueError) as error:
+            # a failed guess at future work costs nothing: the click on that slice will tell
+            logger.warning("background work failed: %s", type(error).__name__)
 
     def _next(self) -> Callable[[], object]:
+        self._rest()
         with self._news:
-            self._busy = False
-            self._news.notify_all()
             self._news.wait_for(lambda: bool(self._jobs))
             self._busy = True
             return self._jobs.pop(0)
+
+    def _rest(self) -> None:
+        with self._news:
+            self._busy = False
+            self._news.notify_all()
 
 
 def _nothing() -> None:

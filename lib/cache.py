@@ -149,7 +149,9 @@ class EmbeddingCache:
         self._count_lock = threading.Lock()
         self._counts = {"memory_hits": 0, "disk_hits": 0, "misses": 0}
 
-    def get(self, key: EmbeddingKey, encode: Callable[[], Features], pe: Tensor) -> tuple[Features, str]:
+    def get(
+        self, key: EmbeddingKey, encode: Callable[[], Features], pe: Tensor, *, counted: bool = True
+    ) -> tuple[Features, str]:
         """Features of one slice on the CPU, and ``memory_hits``, ``disk_hits`` or ``misses``.
 
         The encoder's output is rounded to half precision before its first use too, so that a repeated click gets the
@@ -159,6 +161,7 @@ class EmbeddingCache:
             key: of the slice.
             encode: computes its features.
             pe: ``(1, E, h, w)``, handed through.
+            counted: False for work that no click asked for.
         """
         source = "memory_hits"
 
@@ -175,13 +178,18 @@ class EmbeddingCache:
 
         tensors, _ = self._memory.get_or_make(key.digest(), make)
         with self._count_lock:
-            self._counts[source] += 1
+            self._counts[source] += int(counted)
         high = (tensors["s0"], tensors["s1"]) if "s0" in tensors else None
         return Features(tensors["embed"], pe, high), source
 
     def __contains__(self, key: EmbeddingKey) -> bool:
         """Whether the memory tier holds it."""
         return key.digest() in self._memory
+
+    def room(self) -> int:
+        """How many slices of the mean size so far the memory tier holds; 1 before the first."""
+        size = self._memory.size
+        return self._memory.limit * len(self._memory) // size if size else 1
 
     def info(self) -> dict[str, int]:
         """Counters and sizes for ``info()``."""

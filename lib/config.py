@@ -154,7 +154,7 @@ class AppSettings:
         cache_dir: folder of the embedding cache's disk tier.
         cache_memory_mb: limit of the memory tier in MiB.
         cache_disk_mb: limit of the disk tier in MiB; 0 switches it off.
-        volumes_in_memory: how many opened images are kept.
+        volumes_memory_mb: limit of opened images that are kept, in MiB.
         prefetch: True encodes neighbouring slices in the background after a click.
         prefetch_slices: at most so many neighbours on each side of the clicked slice.
     """
@@ -167,7 +167,7 @@ class AppSettings:
     cache_dir: Path
     cache_memory_mb: int
     cache_disk_mb: int
-    volumes_in_memory: int
+    volumes_memory_mb: int
     prefetch: bool
     prefetch_slices: int
 
@@ -205,7 +205,7 @@ class AppSettings:
         for name, least in (
             ("cache_memory_mb", 1),
             ("cache_disk_mb", 0),
-            ("volumes_in_memory", 1),
+            ("volumes_memory_mb", 1),
             ("prefetch_slices", 0),
         ):
             if getattr(self, name) < least:

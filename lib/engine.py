@@ -6,7 +6,7 @@ mode, device and the background encoder.
 Concurrency: any number of threads may call it. The backbone is loaded once under a lock and then read only. Opening a
 volume and encoding a slice happen once however many ask (``lib.cache``). After a click the neighbouring slices are
 encoded by one background thread, nearest first, which steps aside before every encoder block while a click runs
-(``lib.background``) and forgets its list at the next request.
+(``lib.background``) and forgets its list at the next request, whichever image that is for.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -49,7 +50,7 @@ class SegmentOptions:
         axis: ``i``, ``j`` or ``k``; None takes the thickest spacing.
         propagate: True carries the result to neighbouring slices.
         window: intensities ``(lo, hi)`` that replace the volume's own window.
-        planar: True segments exactly one slice: no propagation, no background encoding of neighbours.
+        planar: True segments exactly one slice and refuses prompts on several.
     """
 
     axis: Optional[str] = None
@@ -71,7 +72,7 @@ class Engine:
         self._gate = Gate()
         self._background = Background(self._gate)
         weakref.finalize(self, self._background.close)  # also at exit
-        self._volumes: Lru[Volume] = Lru(settings.volumes_in_memory, lambda _: 1)
+        self._volumes: Lru[Volume] = Lru(settings.volumes_memory_mb << 20, lambda v: v.array.nbytes)
         self._cache = EmbeddingCache(
             settings.cache_memory_mb << 20, settings.cache_dir, settings.cache_disk_mb << 20, self._gate.waiting
         )
@@ -88,10 +89,11 @@ class Engine:
         """
         with self._loading:
             if self._backbone is None:
+                device = self.device()
                 backbone: Any = load_backbone(
                     self.settings.backbone, weights_dir=self.settings.weights_dir, download=self.settings.download
                 )
-                backbone.to(self.device())
+                backbone.to(device)
                 self._let_clicks_pass(backbone)
                 with torch.inference_mode():
                     self._pe = backbone.grid_encoding().cpu()
@@ -107,26 +109,29 @@ class Engine:
         wanted = self.settings.device
         if wanted == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if wanted.startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError(
-                f"device: {wanted} was asked for, but this machine has no usable CUDA GPU. Use auto or cpu."
-            )
-        return torch.device(wanted)
+        device = torch.device(wanted)
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if device.type == "cuda" and (device.index or 0) >= gpus:
+            raise ConfigError(f"device: expected a GPU of this machine, received {wanted}; usable CUDA GPUs: {gpus}.")
+        if device.type == "mps" and not torch.backends.mps.is_available():
+            raise ConfigError("device: expected a device that exists, received mps without Apple's GPU. Use auto.")
+        return device
 
-    def open(self, path: Union[str, Path], window: Union[str, tuple[float, float], None] = None) -> Volume:
+    def foreground(self) -> AbstractContextManager[None]:
+        """A context for all of a click that is not inside :meth:`segment`: the background stands still meanwhile."""
+        return self._gate.foreground()
+
+    def open(self, path: Union[str, Path]) -> Volume:
         """A volume from disk, or the same one again while its file has not changed.
 
         Args:
             path: an image file or the folder of a DICOM series.
-            window: replaces the volume's own window for this use.
 
         Raises:
             VolumeError: if it cannot be read or segmented.
         """
-        volume, _ = self._volumes.get_or_make(_fingerprint(Path(path)), lambda: load_volume(path))
-        if window is None:
-            return volume
-        return replace(volume, window=choose_window(volume.array, requested=window, is_rgb=volume.is_rgb))
+        with self._gate.foreground():
+            return self._volumes.get_or_make(_fingerprint(Path(path)), lambda: load_volume(path))[0]
 
     def segment(self, volume: Volume, prompts: UserPrompts, options: SegmentOptions = SegmentOptions()) -> Prediction:
         """Segments one structure.
@@ -145,21 +150,27 @@ class Engine:
         """
         with self._gate.foreground():
             started = time.perf_counter()
+            self._background.replace([])  # whatever was guessed before, the user is here now
+            if options.window is not None:
+                window = choose_window(volume.array, requested=options.window, is_rgb=volume.is_rgb)
+                volume = replace(volume, window=window)
             job = _Job(self, volume, prompts, options)
-            found = job.run()
-            prediction = job.prediction(found)
+            prediction = job.prediction(job.run())
+            if self.settings.prefetch:
+                self._prefetch(job)
             total = time.perf_counter() - started
-        if self.settings.prefetch and not options.planar and not volume.is_2d:
-            self._prefetch(job, found)
         return replace(prediction, latencies_s={**job.seconds, "segment": total})
 
     def features(self, volume: Volume, axis: int, index: int) -> tuple[Features, str]:
         """Half precision CPU features of one slice, and where they came from (see :class:`EmbeddingCache`)."""
+        backbone, key = self.warm(), self._key(volume, axis, index)
+        counted = not self._gate.is_background()
+        return self._cache.get(key, lambda: self._encode(backbone, volume, axis, index), self._pe, counted=counted)
+
+    def _key(self, volume: Volume, axis: int, index: int) -> EmbeddingKey:
         backbone = self.warm()
-        spec = backbone.spec
-        name = f"{spec.name}:{spec.input_size}"
-        key = EmbeddingKey(volume.content_hash, axis, index, volume.window.key(), backbone.weights_id, name)
-        return self._cache.get(key, lambda: self._encode(backbone, volume, axis, index), self._pe)
+        name = f"{backbone.spec.name}:{backbone.spec.input_size}"
+        return EmbeddingKey(volume.content_hash, axis, index, volume.window.key(), backbone.weights_id, name)
 
     def _encode(self, backbone: Backbone, volume: Volume, axis: int, index: int) -> Features:
         pixels = apply_window(slice_of(volume, axis, index), volume.window)
@@ -167,14 +178,20 @@ class Engine:
         with torch.inference_mode():
             return backbone.encode(x[None].to(self.device()))
 
-    def _prefetch(self, job: _Job, found: dict[int, SliceResult]) -> None:
-        """Queues the neighbours of the prompted slices, nearest first."""
-        count = job.volume.shape[job.axis]
-        reach = self.settings.prefetch_slices
-        distance = {i: min(abs(i - p) for p in job.slices) for i in range(count)}
-        wanted = sorted((i for i, d in distance.items() if 0 < d <= reach and i not in found), key=distance.__getitem__)
+    def _prefetch(self, job: _Job) -> None:
+        """Queues the neighbours of the prompted slices that are not in memory, nearest first.
+
+        At most half of what the memory tier holds, so that guesses never push out the slices that the user works on.
+        """
         volume, axis = job.volume, job.axis
-        self._background.replace([lambda i=i: self.features(volume, axis, i) for i in wanted])  # type: ignore[misc]
+        distance = {i: min(abs(i - p) for p in job.slices) for i in range(volume.shape[axis])}
+        reach = self.settings.prefetch_slices
+        near = sorted((i for i, d in distance.items() if 0 < d <= reach), key=distance.__getitem__)
+        new = [i for i in near[: self._cache.room() // 2] if not self._knows(volume, axis, i)]
+        self._background.replace([partial(_encode_later, weakref.ref(self), volume, axis, i) for i in new])
+
+    def _knows(self, volume: Volume, axis: int, index: int) -> bool:
+        return self._key(volume, axis, index) in self._cache
 
     def _let_clicks_pass(self, backbone: Any) -> None:
         """Background encoding steps aside before every encoder block."""
@@ -196,6 +213,13 @@ class Engine:
             "device": self.settings.device,
             "cache": {**self._cache.info(), "background_slices": self._background.waiting()},
         }
+
+
+def _encode_later(engine: weakref.ref[Engine], volume: Volume, axis: int, index: int) -> None:
+    """A job for the background, which must not keep its engine alive."""
+    alive = engine()
+    if alive is not None:
+        alive.features(volume, axis, index)
 
 
 class _Job:
@@ -231,7 +255,7 @@ class _Job:
             self._warn_of_corrections_alone()
             return {i: self.segment(i, p) for i, p in self.slices.items() if p.starts}
         seeds = {i: self.segment(i, self.slices[i]) for i in self._seeds()}
-        bounds = self.boxed or range(self.volume.shape[self.axis])
+        bounds = self.boxed if len(self.boxed) > 1 else range(self.volume.shape[self.axis])  # a flat box bounds nothing
         bounds = range(min(bounds.start, min(seeds)), max(bounds.stop, max(seeds) + 1))
         return propagate(seeds, bounds, self.follow, self.engine.rule, keep_on=self.boxed)
 
@@ -256,8 +280,8 @@ class _Job:
         mine = prompt_set(self.slices.get(index, SlicePrompts()), self.transform)
         box = self._box_around(before.low_res)
         if mine.boxes_xy is not None:  # a 3-D box bounds the structure; at its ends the structure is smaller
-            lo, hi = torch.maximum(box, mine.boxes_xy), torch.minimum(box, mine.boxes_xy)
-            box = torch.cat([lo[:, :2], hi[:, 2:]], 1)
+            lo, hi = torch.maximum(box, mine.boxes_xy)[:, :2], torch.minimum(box, mine.boxes_xy)[:, 2:]
+            box = torch.cat([lo, hi], 1) if bool((lo < hi).all()) else mine.boxes_xy
         return self.decode(index, replace(mine, boxes_xy=box, masks=before.low_res.clamp(-32, 32)), multimask=False)
 
     def _box_around(self, low_res: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Promptable pretraining of ``compact`` in resumable legs, on torch, numpy, scipy and our own ``lib`` alone.
 
-    python -m trainers.pretrain convert --data-dir DIR --out runs/compact      # shared data and recipe -> npz, json
+    python -m trainers.pretrain convert --data-dir DIR --run runs/compact      # shared data and recipe -> npz, json
     python -m trainers.pretrain train --run runs/compact --minutes 9           # one leg; repeat until it says done
     python -m trainers.pretrain export --run runs/compact                      # fp16 safetensors into lib/weights
 
@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -50,6 +51,8 @@ class Recipe:
         batch: images per step.
         objects: pairs per image.
         rounds: decoder calls per pair, per phase.
+        first: shares of first prompts: box, point, box and point, the neighbouring slice's mask and box, the same for
+            an object that is not there.
         lr: peak learning rate, linear warm-up then cosine over all phases.
         mix: probability of each source of images.
         seed: of bank, order and weights.
@@ -63,6 +66,7 @@ class Recipe:
     batch: int = 8
     objects: int = 4
     rounds: tuple[int, ...] = (2, 3)
+    first: tuple[float, ...] = (0.35, 0.35, 0.08, 0.17, 0.05)
     lr: float = 1e-3
     warmup: int = 300
     weight_decay: float = 0.05
@@ -222,19 +226,20 @@ class Trainer:
     def first_prompts(self, hard: Tensor) -> tuple[PromptSet, Tensor]:
         """Box, point, both, or the neighbouring slice's mask and box; some of the latter for an absent object."""
         n, scale, rng = len(hard), self.model.spec.input_size / hard.shape[-1], self.torch_rng
+        box, point, both, beside = np.cumsum(self.recipe.first)[:4].tolist()
         kind = torch.rand(n, generator=rng).to(hard.device)
         shifted = neighbour(hard, rng)
-        absent = kind > 0.93
+        absent = kind > beside
         shifted = torch.where(
             absent[:, None, None], shifted.roll((hard.shape[-1] // 2, hard.shape[-1] // 3), (1, 2)), shifted
         )
         absent &= ~(shifted & hard).flatten(1).any(1)
-        with_mask = kind > 0.75
+        with_mask = kind > both
         around = torch.where(with_mask[:, None, None] & shifted.flatten(1).any(1)[:, None, None], shifted, hard)
         boxes = random_boxes(around, scale, 0.1, rng)
-        boxes = torch.where(((kind > 0.45) & (kind < 0.7))[:, None], torch.full_like(boxes, torch.nan), boxes)
+        boxes = torch.where(((kind > box) & (kind < point))[:, None], torch.full_like(boxes, torch.nan), boxes)
         points = random_points(hard, scale, rng)[:, None]
-        labels = torch.where((kind > 0.45) & (kind <= 0.75), 1, -1)[:, None]
+        labels = torch.where((kind > box) & (kind <= both), 1, -1)[:, None]
         masks = torch.where(shifted, 6.0, -6.0)[:, None]
         return PromptSet(points, labels, boxes, masks, with_mask), ~absent
 
@@ -261,7 +266,7 @@ def train_leg(run: Path, minutes: float, device: str) -> bool:
     trainer, bank = Trainer(recipe, device), Bank(run, recipe)
     state = run / "state.pt"
     if state.exists():
-        trainer.restore(torch.load(state, map_location=device, weights_only=True))
+        trainer.restore(torch.load(state, map_location="cpu", weights_only=True))  # random states live on the CPU
     started, logged, window = time.monotonic(), time.monotonic(), []
     while trainer.step < trainer.total and time.monotonic() - started < minutes * 60:
         report = trainer.learn(bank)
@@ -279,7 +284,7 @@ def train_leg(run: Path, minutes: float, device: str) -> bool:
             )
             trainer.history.append({"step": trainer.step, **mean})
             logged, window = time.monotonic(), []
-        if trainer.step % 500 == 0:
+        if trainer.step % 100 == 0:
             save(trainer, state)
     save(trainer, state)
     return trainer.step >= trainer.total
@@ -299,14 +304,17 @@ def read_recipe(run: Path) -> Recipe:
     return Recipe(**{**values, **tuples})
 
 
-def export(run: Path, target: Path) -> str:
-    """Averaged weights as float16 safetensors; returns their SHA-256."""
+def export(run: Path, target: Path, manifest: Path) -> str:
+    """Averaged weights as float16 safetensors; their SHA-256 is returned and written into the backbone's YAML row."""
     from safetensors.torch import save_file
 
     state = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
     tensors = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in state["average"].items()}
     save_file(tensors, target, metadata={"step": str(state["step"])})
-    return hashlib.sha256(target.read_bytes()).hexdigest()
+    digest = hashlib.sha256(target.read_bytes()).hexdigest()
+    row = re.sub(r"bytes: \d+", f"bytes: {target.stat().st_size}", manifest.read_text())
+    manifest.write_text(re.sub(r"sha256: \w+", f"sha256: {digest}", row))
+    return digest
 
 
 def main(arguments: Optional[list[str]] = None) -> int:
@@ -328,7 +336,9 @@ def main(arguments: Optional[list[str]] = None) -> int:
         done = train_leg(options.run, options.minutes, options.device)
         logger.info("done" if done else "leg over, run again to continue")
     else:
-        logger.info("sha256 %s", export(options.run, Path(__file__).parents[1] / "lib/weights/compact.safetensors"))
+        root = Path(__file__).resolve().parents[1]
+        row = root / "apps/autosam_label/configs/backbones/compact.yaml"
+        logger.info("sha256 %s", export(options.run, root / "lib/weights/compact.safetensors", row))
     return 0
 
 

@@ -85,18 +85,22 @@ def _organs(folder: Path, side: int) -> Iterator[Pair]:
 
 
 def _nuclei(folder: Path, side: int) -> Iterator[Pair]:
-    from PIL import Image
-
     rng = np.random.default_rng(0)
     for case in nuclei_split(p.name for p in folder.glob("*.png"))["pretrain"]:
-        image = np.asarray(Image.open(folder / f"{case}.png").convert("RGB"))
-        instances = np.asarray(Image.open(next((folder / "instances").glob(f"{case}.*"))))
-        for whole in (True, False, False, False):
-            top, left, high, wide = (0, 0, *instances.shape) if whole else _crop(rng, instances.shape)
-            part = np.s_[top : top + high, left : left + wide]
-            labels = _renumbered(instances[part])
-            if labels.any():
-                yield _square(image[part], labels, side)
+        yield from _nuclei_crops(folder, case, side, rng)
+
+
+def _nuclei_crops(folder: Path, case: str, side: int, rng: np.random.Generator) -> Iterator[Pair]:
+    from PIL import Image
+
+    image = np.asarray(Image.open(folder / f"{case}.png").convert("RGB"))
+    instances = np.asarray(Image.open(next((folder / "instances").glob(f"{case}.*"))))
+    for whole in (True, False, False, False):
+        top, left, high, wide = (0, 0, *instances.shape) if whole else _crop(rng, instances.shape)
+        part = np.s_[top : top + high, left : left + wide]
+        labels = _renumbered(instances[part])
+        if labels.any():
+            yield _square(image[part], labels, side)
 
 
 def _crop(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[int, int, int, int]:

@@ -58,7 +58,7 @@ class SamBackbone(nn.Module):
         gaussian = self.prompt_modules().pe_layer.positional_encoding_gaussian_matrix
         centres = (torch.arange(self.spec.grid, device=gaussian.device) + 0.5) / self.spec.grid
         unit_xy = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1)  # (h, w, 2)
-        return _fourier(gaussian, unit_xy).permute(2, 0, 1)[None]
+        return fourier(gaussian, unit_xy).permute(2, 0, 1)[None]
 
     def check_taps(self, taps: Sequence[str]) -> None:
         """Refuses names that are not in the spec's pyramid.
@@ -85,7 +85,7 @@ def _pairs(spec: BackboneSpec, prompts: PromptSet, pairs: Optional[int]) -> int:
     return counts.pop() if counts else 1
 
 
-def _fourier(gaussian: Tensor, unit_xy: Tensor) -> Tensor:
+def fourier(gaussian: Tensor, unit_xy: Tensor) -> Tensor:
     with autocast_off(gaussian):  # half precision would move a point by several pixels
         angle = 2 * math.pi * ((2 * unit_xy.float() - 1) @ gaussian.float())
         return torch.cat([angle.sin(), angle.cos()], -1)
@@ -117,7 +117,7 @@ def _needs_pad(spec: BackboneSpec, prompts: PromptSet) -> bool:
 
 def _point_tokens(spec: BackboneSpec, encoder: Any, xy: Tensor, labels: Tensor) -> Tensor:
     kinds = torch.cat([e.weight for e in encoder.point_embeddings] + [encoder.not_a_point_embed.weight])  # (5, E)
-    position = _fourier(encoder.pe_layer.positional_encoding_gaussian_matrix, (xy + 0.5) / spec.input_size)
+    position = fourier(encoder.pe_layer.positional_encoding_gaussian_matrix, (xy + 0.5) / spec.input_size)
     real = (labels != NOT_A_POINT)[..., None]
     return torch.where(real, position, torch.zeros_like(position)) + kinds[torch.where(labels < 0, 4, labels)]
 

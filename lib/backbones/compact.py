@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.backbones._common import SamBackbone, decoder_paths
+from lib.backbones._common import SamBackbone, decoder_paths, fourier
 from lib.config import BackboneRow, from_mapping
 from lib.contracts import BackboneSpec, Features, PromptSet
 
@@ -193,16 +193,12 @@ class PromptEncoder(nn.Module):
         """``(1, E, h, w)`` Fourier encoding of the cell centres."""
         centres = (torch.arange(self.spec.grid, device=self.frequencies.device) + 0.5) / self.spec.grid
         grid = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1)  # (h, w, 2), x first
-        return self._fourier(grid).permute(2, 0, 1)[None]
-
-    def _fourier(self, unit_xy: Tensor) -> Tensor:
-        angle = 2 * torch.pi * ((2 * unit_xy - 1) @ self.frequencies)
-        return torch.cat([angle.sin(), angle.cos()], -1)
+        return fourier(self.frequencies, grid).permute(2, 0, 1)[None]
 
     def _tokens(self, xy: Tensor, kind: Tensor) -> Tensor:
         known = (kind != 4)[..., None]
         xy = torch.where(known, xy, torch.zeros_like(xy))
-        position = self._fourier((xy + 0.5) / self.spec.input_size)
+        position = fourier(self.frequencies, (xy + 0.5) / self.spec.input_size)
         return self.kinds(kind) + torch.where(known, position, torch.zeros_like(position))
 
     def _sparse(self, prompts: PromptSet, pairs: int) -> Tensor:

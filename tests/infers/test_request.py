@@ -106,6 +106,9 @@ def test_read_prompts_box_of_another_slice_is_left_out_with_a_warning():
 
 # request, words of the message
 WRONG_PROMPTS = [
+    ({"foreground": [[10**400, 1, 1]]}, "finite"),
+    ({"roi": [10**400, 1, 1, 2, 2, 3]}, "finite"),
+    ({"foreground": [[1, 1, 1]], "slice": 10**400}, "slice index"),
     ({}, "at least one positive point"),
     ({"foreground": [], "background": [], "roi": []}, "received neither"),
     ({"background": [[1, 1, 1]]}, "received only 1 negative"),
@@ -163,6 +166,7 @@ def test_read_options_planar_is_one_k_slice():
 
 
 WRONG_OPTIONS = [
+    ({"window": [0, 10**400]}, "window"),
     ({"axis": "x"}, r"axis: expected one of \['auto', 'i', 'j', 'k'\], received 'x'"),
     ({"axis": 2}, "axis: expected one of"),
     ({"propagate": "maybe"}, "propagate: expected true or false, received 'maybe'"),

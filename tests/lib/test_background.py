@@ -6,7 +6,10 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import pytest
 
 from lib.background import Background, Gate
 from lib.cache import Lru
@@ -67,6 +70,44 @@ def test_background_failure_keeps_the_thread_alive() -> None:
         raise ValueError("no such slice")
 
     background.replace([fail, lambda: done.append(1)])
+    assert background.idle(5)
+    assert done == [1]
+
+
+def test_click_waiting_for_the_background_does_not_wait_for_other_clicks() -> None:
+    gate = Gate()
+    cache: Lru[int] = Lru(10, lambda _: 1, gate.waiting)
+    background, begun = Background(gate), threading.Event()
+
+    def encode() -> int:
+        begun.set()
+        time.sleep(0.1)
+        gate.pause()
+        return 5
+
+    background.replace([lambda: cache.get_or_make("slice", encode)])
+    assert begun.wait(5)
+    with gate.foreground(), ThreadPoolExecutor(1) as pool:  # somebody's long inference, and beside it a click
+
+        def click() -> int:
+            with gate.foreground():
+                return cache.get_or_make("slice", lambda: -1)[0]
+
+        assert pool.submit(click).result(5) == 5
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_background_replace_after_an_unexpected_error_starts_again() -> None:
+    background, done = Background(Gate()), []
+
+    def fail() -> None:
+        raise SystemExit
+
+    background.replace([fail])
+    assert background.idle(5)
+    assert background._thread is not None
+    background._thread.join(5)
+    background.replace([lambda: done.append(1)])
     assert background.idle(5)
     assert done == [1]
 

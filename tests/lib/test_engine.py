@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -91,11 +93,27 @@ def test_segment_along_each_axis(engine: Engine, image: Path, axis: str, index: 
 
 
 def test_segment_propagates_both_ways(engine: Engine, image: Path) -> None:
+    never_stop(engine)
+    found = engine.segment(engine.open(image), clicks((20, 15, 4)))
+    assert sorted(found.quality) == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("box", "reached"), [(Box((5, 5, 4), (30, 25, 5)), range(8)), (Box((5, 5, 2), (30, 25, 6)), range(2, 6))]
+)
+def test_segment_flat_box_walks_everywhere_and_a_3d_box_inside_itself(
+    engine: Engine, image: Path, box: Box, reached: range
+) -> None:
+    never_stop(engine)
+    found = engine.segment(engine.open(image), UserPrompts(boxes=(box,)))
+    assert sorted(found.quality) == list(reached)
+
+
+def never_stop(engine: Engine) -> None:
+    """Masks that are never empty and a rule that is never broken."""
     engine.rule = StopRule(quality=0, overlap=0, growth=1e9)
     engine.warm().mask_decoder.pred_obj_score_head = _Constant(5.0)  # type: ignore[assignment]
     engine.warm().mask_decoder.output_hypernetworks_mlps = torch.nn.ModuleList(_Loud() for _ in range(4))
-    found = engine.segment(engine.open(image), clicks((20, 15, 4)))
-    assert sorted(found.quality) == list(range(8))
 
 
 class _Constant(torch.nn.Module):
@@ -116,7 +134,7 @@ class _Loud(torch.nn.Module):
 
 def test_segment_window_changes_the_answer_and_the_key(engine: Engine, image: Path) -> None:
     plain = engine.segment(engine.open(image), clicks((20, 15, 4)), ALONE)
-    other = engine.segment(engine.open(image, (-0.5, 0.5)), clicks((20, 15, 4)), ALONE)
+    other = engine.segment(engine.open(image), clicks((20, 15, 4)), replace(ALONE, window=(-0.5, 0.5)))
     assert other.cache == {"misses": 1}
     assert other.window is not None
     assert (other.window.lo, other.window.hi) == (-0.5, 0.5)
@@ -199,7 +217,7 @@ def test_info_counts_and_names_the_weights(engine: Engine, image: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU whose absence is tested")
 def test_device_missing_gpu_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no usable CUDA GPU"):
+    with pytest.raises(ConfigError, match="usable CUDA GPUs: 0"):
         make_engine(tmp_path, device="cuda").warm()
 
 
@@ -213,5 +231,58 @@ def test_segment_on_gpu_agrees_with_cpu(tmp_path: Path, image: Path) -> None:
     assert found[0].quality[4] == pytest.approx(found[1].quality[4], abs=1e-2)
 
 
-def test_options_are_immutable() -> None:
-    assert replace(ALONE, propagate=True) != ALONE
+def test_engine_is_freed_after_background_work(tmp_path: Path, image: Path) -> None:
+    engine = make_engine(tmp_path)
+    engine.segment(engine.open(image), clicks((20, 15, 4)), ALONE)
+    assert engine.wait_for_background(20)
+    thread, gone = engine._background._thread, weakref.ref(engine)
+    del engine
+    gc.collect()
+    assert gone() is None
+    assert thread is not None
+    assert not thread.is_alive()
+
+
+def test_any_next_request_ends_the_prefetch_of_the_last(tmp_path: Path, image: Path) -> None:
+    engine = make_engine(tmp_path, prefetch="false")
+    begun, release, done = threading.Event(), threading.Event(), []
+    engine._background.replace([lambda: (begun.set(), release.wait(10)), lambda: done.append("old")])
+    assert begun.wait(10)
+    engine.segment(engine.open(image), clicks((20, 15, 4)), SegmentOptions(planar=True))
+    release.set()
+    assert engine.wait_for_background(10)
+    assert not done
+
+
+def test_prefetch_leaves_the_counters_to_clicks(tmp_path: Path, image: Path) -> None:
+    engine = make_engine(tmp_path)
+    volume = engine.open(image)
+    for _ in range(3):
+        engine.segment(volume, clicks((20, 15, 4)), ALONE)
+        assert engine.wait_for_background(20)
+    counts = engine.info()["cache"]
+    assert (counts["misses"], counts["memory_hits"], counts["disk_hits"]) == (1, 2, 0)
+    assert counts["slices"] == 8
+
+
+def test_prefetch_takes_at_most_half_the_memory(tmp_path: Path) -> None:
+    engine = make_engine(tmp_path, cache_memory_mb="1", prefetch_slices="1000")
+    path = tmp_path / "long.nii.gz"
+    rng = np.random.default_rng(0)
+    nib.save(nib.Nifti1Image(rng.normal(size=(16, 16, 400)).astype(np.float32), np.diag([1, 1, 3, 1.0])), path)
+    volume = engine.open(path)
+    engine.segment(volume, clicks((8, 8, 200)), ALONE)
+    assert engine.wait_for_background(120)
+    assert engine.segment(volume, clicks((8, 8, 200)), ALONE).cache == {"memory_hits": 1}
+    assert 1 < engine.info()["cache"]["slices"] < 400
+
+
+def test_follow_with_a_box_that_the_walk_misses_uses_the_box(engine: Engine, image: Path) -> None:
+    prompts = UserPrompts((Click((35, 25, 6)),), (Box((1, 1, 2), (8, 8, 5)),))
+    seen: list[torch.Tensor] = []
+    embed = engine.warm().embed_prompts
+    engine.warm().embed_prompts = lambda p, *a: seen.append(p.boxes_xy) or embed(p, *a)  # type: ignore
+    never_stop(engine)
+    engine.segment(engine.open(image), prompts)
+    boxes = torch.cat([b for b in seen if b is not None])
+    assert (boxes[:, :2] < boxes[:, 2:]).all()

@@ -33,6 +33,16 @@ def test_propagate_seeds_meet_in_the_middle() -> None:
     assert visits([2, 7], range(10)) == {0: 2, 1: 2, 3: 2, 4: 2, 5: 7, 6: 7, 8: 7, 9: 7}
 
 
+@pytest.mark.parametrize(("broken", "kept"), [(12, range(13, 20)), (18, range(11, 18))])
+def test_propagate_other_seed_fills_what_a_stopped_walk_left(broken: int, kept: range) -> None:
+    def step(index: int, before: SliceResult) -> SliceResult:
+        return result(quality=0.0 if index == broken else 0.9)
+
+    found = propagate({10: result(), 20: result()}, range(10, 21), step, StopRule())
+    assert sorted(set(found) - {10, 20}) == sorted(set(range(11, 20)) - {broken})
+    assert set(kept) <= set(found)
+
+
 def test_propagate_stays_in_bounds() -> None:
     assert sorted(visits([5], range(4, 8))) == [4, 6, 7]
 
@@ -52,7 +62,7 @@ def test_propagate_stays_in_bounds() -> None:
     ],
 )
 def test_stop_rule(after: SliceResult, stops: bool) -> None:
-    assert StopRule().breaks(result(8), after) is stops
+    assert StopRule().breaks(result(8), result(8), after) is stops
     found = propagate({5: result(8)}, range(4, 7), lambda *_: after, StopRule())
     assert sorted(found) == ([5] if stops else [4, 5, 6])
 

@@ -37,7 +37,7 @@ BAD = [
     ({"cache_memory_mb": "1.5"}, "--conf cache_memory_mb: expected a whole number, received '1.5'"),
     ({"cache_memory_mb": "0"}, "cache_memory_mb: expected 1 or more, received 0"),
     ({"cache_disk_mb": "-1"}, "cache_disk_mb: expected 0 or more"),
-    ({"volumes_in_memory": "0"}, "volumes_in_memory: expected 1 or more"),
+    ({"volumes_memory_mb": "0"}, "volumes_memory_mb: expected 1 or more"),
     ({"device": "gpu"}, "device: expected auto, cpu, mps, cuda or cuda:N, received 'gpu'"),
     ({"labels": "liver,,spleen"}, "labels: expected at least one name"),
 ]

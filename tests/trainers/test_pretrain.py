@@ -87,7 +87,10 @@ def test_export_loads_as_the_backbone(run: Path, tmp_path: Path) -> None:
 
     pretrain.train_leg(run, 10, "cpu")
     target = tmp_path / "weights.safetensors"
-    digest = pretrain.export(run, target)
+    row = tmp_path / "row.yaml"
+    row.write_text("weights:\n  bytes: 0\n  sha256: null\n")
+    digest = pretrain.export(run, target, row)
+    assert read_yaml(row)["weights"] == {"bytes": target.stat().st_size, "sha256": digest}
     tensors = load_file(target)
     assert len(digest) == 64
     assert {t.dtype for t in tensors.values()} == {torch.float16}
@@ -151,10 +154,17 @@ def test_convert_takes_pretraining_cases_only(data_dir: Path, tmp_path: Path, mo
         assert k_limit == (82 if image.name.startswith("ct_torso") else None)
         return original(image, label, side, 16, k_limit)
 
+    pictures, crop = set(), pretrain_data._nuclei_crops
+
+    def note(folder: Path, case: str, side: int, rng: object) -> object:
+        pictures.add(case)
+        return crop(folder, case, side, rng)
+
     monkeypatch.setattr(pretrain_data, "_volume_slices", record)
+    monkeypatch.setattr(pretrain_data, "_nuclei_crops", note)
     pretrain_data.convert(data_dir, None, tmp_path)
     names = [p.name for p in (data_dir / "hippocampus").glob("*.nii.gz")]
     assert set(opened) == set(hippocampus_split(names)["pretrain"]) | {"ct_torso", "mr_slab"}
     assert not list(tmp_path.glob("*acdc*"))
-    held = nuclei_split(p.name for p in (data_dir / "nuclei").glob("*.png"))["test"]
-    assert len(held) == 20
+    nuclei = [p.name for p in (data_dir / "nuclei").glob("*.png")]
+    assert pictures == set(nuclei_split(nuclei)["pretrain"])
