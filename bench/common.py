@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
-from unittest.mock import patch
 
 import numpy as np
 
@@ -203,8 +202,7 @@ def server(app: Path, studies: Path, scratch: Path, *, wrapper: bool = True, **c
         wrapper: with our ``--uvicorn_app`` as in the README.
         conf: ``--conf`` pairs.
     """
-    this_app = patch.object(serving, "APP", app)  # the tests' starter knows one app, and reads it when it starts
-    with this_app, serving.running_server(studies, scratch, wrapper=wrapper, conf=conf) as running:
+    with serving.running_server(studies, scratch, app=app, wrapper=wrapper, conf=conf) as running:
         yield running
 
 

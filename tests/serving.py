@@ -63,13 +63,19 @@ class Server:
 
 @contextmanager
 def running_server(
-    studies: Path, scratch: Path, *, wrapper: bool = True, conf: Optional[Mapping[str, str]] = None
+    studies: Path,
+    scratch: Path,
+    *,
+    app: Path = APP,
+    wrapper: bool = True,
+    conf: Optional[Mapping[str, str]] = None,
 ) -> Iterator[Server]:
     """Starts a server on a free loopback port and ends its process tree.
 
     Args:
         studies: folder of images, written into by the server.
         scratch: new folder for everything that would otherwise lie in the user's home or in /tmp.
+        app: folder of the app.
         wrapper: False starts MONAI Label's own ASGI app.
         conf: ``--conf`` pairs.
     """
@@ -77,7 +83,7 @@ def running_server(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(APP), "--studies", str(studies)]
+    command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(app), "--studies", str(studies)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--uvicorn_app", WRAPPER] if wrapper else []
     for pair in (conf or {}).items():
@@ -97,6 +103,7 @@ def running_server(
 
 def _environment(scratch: Path) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("MONAI_") and k != "PYTHONDONTWRITEBYTECODE"}
+    env.setdefault("OMP_WAIT_POLICY", "passive")  # as start.py does
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
     env["PATH"] = str(Path(sys.executable).parent) + os.pathsep + env["PATH"]
     for name in ("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "TMPDIR", "MPLCONFIGDIR"):

@@ -325,7 +325,7 @@ def test_long_inference_blocks_neither_info_nor_another_user(
 ) -> None:
     if backbone == "tiny":
         pytest.skip("tiny is too fast for a long inference")
-    tube = ellipsoid((96, 96, 160), (20, 16, 400))
+    tube = ellipsoid((96, 96, 600), (20, 16, 2000))
     nib.save(nib.Nifti1Image(grey_values(tube), np.diag([1.0, 1.0, 2.0, 1.0])), tmp_path / "tube.nii.gz")
     session = server.client(tmp_path).create_session(str(tmp_path / "tube.nii.gz"))["session_id"]
     every_slice = {"foreground": [[48, 48, k] for k in range(tube.shape[2])], "result_write_to_file": False}
@@ -351,7 +351,8 @@ def test_long_inference_blocks_neither_info_nor_another_user(
     took = ended[0] - start
     print(f"\nlong inference {took:.1f} s; /info/ worst {max(info_s):.3f} s of {len(info_s)}; "
           f"another user's click worst {max(click_s):.3f} s of {len(click_s)}")  # fmt: skip
-    assert took > 5
+    if took < 2:
+        pytest.skip(f"this machine segments {tube.shape[2]} slices in {took:.1f} s: nothing to wait for")
     assert max(info_s) < 0.5
     assert max(click_s) < took / 2
 
