@@ -35,6 +35,8 @@ class BackboneSpec:
         iou_is_sigmoid: the IoU head ends in a sigmoid; otherwise clamp.
         mask_prompt_domain: ``logit`` or ``prob``.
         box_tokens: 2, or 3 where a not-a-point token is appended to a box (SAM 2's predictor).
+        carry_box: a mask carried to the next slice comes with its box, because stock decoders barely follow a mask
+            alone; False where the model was trained to.
         pyramid: ``(name, stride, channels)`` of maps available as taps.
         feature_stride: S / h.
     """
@@ -54,6 +56,7 @@ class BackboneSpec:
     iou_is_sigmoid: bool = False
     mask_prompt_domain: str = "logit"
     box_tokens: int = 2
+    carry_box: bool = True
     pyramid: tuple[tuple[str, int, int], ...] = ()
     feature_stride: int = 16
 

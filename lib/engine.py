@@ -278,18 +278,24 @@ class _Job:
     def follow(self, index: int, before: SliceResult) -> SliceResult:
         """A slice from its neighbour's result, plus what the user drew on it."""
         mine = prompt_set(self.slices.get(index, SlicePrompts()), self.transform)
-        box = self._box_around(before.low_res)
-        if mine.boxes_xy is not None:  # a 3-D box bounds the structure; at its ends the structure is smaller
-            lo, hi = torch.maximum(box, mine.boxes_xy)[:, :2], torch.minimum(box, mine.boxes_xy)[:, 2:]
-            box = torch.cat([lo, hi], 1) if bool((lo < hi).all()) else mine.boxes_xy
-        return self.decode(index, replace(mine, boxes_xy=box, masks=before.low_res.clamp(-32, 32)), multimask=False)
+        prompts = replace(mine, masks=before.low_res.clamp(-32, 32))
+        if self.backbone.spec.carry_box:
+            prompts = replace(prompts, boxes_xy=self._box_around(before.low_res, mine.boxes_xy))
+        return self.decode(index, prompts, multimask=False)
 
-    def _box_around(self, low_res: Tensor) -> Tensor:
-        """``(1, 4)`` box of a mask in backbone pixels, a cell wider on each side: structures may grow."""
+    def _box_around(self, low_res: Tensor, user: Optional[Tensor]) -> Tensor:
+        """``(1, 4)`` box of a mask in backbone pixels, a cell wider on each side: structures may grow.
+
+        A user's 3-D box bounds it, since at the ends of that box the structure is smaller; unless the two do not meet.
+        """
         rows, columns = torch.nonzero(low_res[0, 0] > 0, as_tuple=True)
         scale = self.backbone.spec.input_size / low_res.shape[-1]
         edges = [columns.min() - 1, rows.min() - 1, columns.max() + 2, rows.max() + 2]
-        return (torch.stack(edges).float() * scale).clamp(0, self.backbone.spec.input_size)[None] - 0.5
+        box = (torch.stack(edges).float() * scale).clamp(0, self.backbone.spec.input_size)[None] - 0.5
+        if user is None:
+            return box
+        lo, hi = torch.maximum(box, user)[:, :2], torch.minimum(box, user)[:, 2:]
+        return torch.cat([lo, hi], 1) if bool((lo < hi).all()) else user
 
     def decode(self, index: int, prompts: PromptSet, *, multimask: bool) -> SliceResult:
         """One decoder call on one slice."""
