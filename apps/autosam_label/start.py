@@ -67,8 +67,13 @@ def _refuse_python() -> int:
     return _fail("autosam_label needs Python {}, this is {}. Run it as: python3.11 {}".format(wanted, found, __file__))
 
 
+def _say(message: str) -> None:
+    sys.stdout.write(message + "\n")
+    sys.stdout.flush()
+
+
 def _fail(message: str) -> int:
-    print(message, file=sys.stderr)
+    sys.stderr.write(message + "\n")
     return 2
 
 
@@ -106,7 +111,7 @@ def _environment(folder: Path, requirements: str) -> Path:
 def _create(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").exists():
         sys.exit(_fail("{} exists and is not a Python environment; choose another folder with --venv.".format(folder)))
-    print("Creating {} ...".format(folder), flush=True)
+    _say("Creating {} ...".format(folder))
     try:
         venv.create(str(folder), with_pip=True, clear=True)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -132,7 +137,7 @@ def _install(python: Path, requirements: str) -> None:
     In pip's isolated build environment that would fetch a second torch, 3 GB, so torch comes first and sam2 is built
     against it, without its optional CUDA extension.
     """
-    print("Installing {}: 4 to 9 minutes and 8 GB the first time ...".format(requirements), flush=True)
+    _say("Installing {}: 4 to 9 minutes and 8 GB the first time ...".format(requirements))
     pins = _pins()
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install"]
     env = dict(_child_environment(python), SAM2_BUILD_CUDA="0")
@@ -179,7 +184,7 @@ def _serve(python: Path, studies: str, args: argparse.Namespace) -> int:
     for pair in args.conf:
         command += ["--conf", *pair]
     address = "http://{}:{}".format("127.0.0.1" if args.host == "0.0.0.0" else args.host, args.port)
-    print(WELCOME.format(address), flush=True)
+    _say(WELCOME.format(address))
     env = _child_environment(python)
     if os.name == "nt":
         return subprocess.call(command, env=env)

@@ -29,6 +29,8 @@ class SamBackbone(nn.Module):
         paths: canonical names to module paths.
     """
 
+    prompt_attribute = "prompt_encoder"  # official name of the prompt encoder in this family
+
     def __init__(self, spec: BackboneSpec, paths: dict[str, str]) -> None:
         super().__init__()
         self.spec = spec
@@ -37,7 +39,7 @@ class SamBackbone(nn.Module):
 
     def prompt_modules(self) -> Any:
         """The family's prompt encoder, a holder of SAM's attribute names."""
-        raise NotImplementedError
+        return getattr(self, self.prompt_attribute)
 
     def embed_prompts(self, prompts: PromptSet, pairs: Optional[int] = None) -> tuple[Tensor, Tensor]:
         """Prompts of N pairs to tokens and dense map; an empty set of ``pairs`` gives T = 0 and ``no_mask_embed``.

@@ -9,7 +9,6 @@ that one injector serves all families; ``attn`` sees windows ``(B*windows, n, C)
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,10 +73,6 @@ class MobileSam(SamBackbone):
         self.image_encoder = TinyVit(size, spec.prompt_width)
         self.prompt_encoder = prompt_encoder(spec)
         self.mask_decoder = mask_decoder(spec)
-
-    def prompt_modules(self) -> Any:
-        """The prompt encoder."""
-        return self.prompt_encoder
 
     def encode(self, x: Tensor, taps: tuple[str, ...] = ()) -> Features:
         """Image to embedding.

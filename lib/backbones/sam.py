@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
@@ -70,10 +69,6 @@ class Sam(SamBackbone):
         self.image_encoder = _image_encoder(size, spec.prompt_width)
         self.prompt_encoder = prompt_encoder(spec)
         self.mask_decoder = mask_decoder(spec)
-
-    def prompt_modules(self) -> Any:
-        """The prompt encoder."""
-        return self.prompt_encoder
 
     def encode(self, x: Tensor, taps: tuple[str, ...] = ()) -> Features:
         """Image to embedding.

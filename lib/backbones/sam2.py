@@ -69,6 +69,8 @@ def build(row: BackboneRow) -> Sam2:
 class Sam2(SamBackbone):
     """Hiera encoder, prompt encoder and mask decoder behind :class:`lib.contracts.Backbone`."""
 
+    prompt_attribute = "sam_prompt_encoder"
+
     image_encoder: Any
     sam_mask_decoder: Any
 
@@ -86,10 +88,6 @@ class Sam2(SamBackbone):
     def mask_decoder(self) -> nn.Module:
         """The decoder, under the name of the contract."""
         return self.sam_mask_decoder
-
-    def prompt_modules(self) -> Any:
-        """The prompt encoder."""
-        return self.sam_prompt_encoder
 
     def encode(self, x: Tensor, taps: tuple[str, ...] = ()) -> Features:
         """Image to embedding and high-resolution maps.
