@@ -253,6 +253,7 @@ REFUSED: list[tuple[str, str, Any, dict[str, str], int, str]] = [
     ("sam", "axial", {**CLICK, "image": "/etc/hostname"}, {}, 400, "'image' belongs into the address"),
     ("sam", "axial", "not JSON", {}, 400, "not JSON"),
     ("sam", "axial", [1], {}, 400, "expected a JSON object"),
+    ("sam", "axial", {**CLICK, "result_write_to_file": False}, {"output": "image"}, 400, "Ask for json"),
     ("sam", "axial", {**CLICK, "save_label": True, "label_tag": "../../x"}, {}, 400, "label_tag"),
     ("sam", "axial", {}, {}, 400, "at least one positive point"),
     ("sam", "axial", {"foreground": [], "background": [], "roi": []}, {}, 400, "at least one positive point"),

@@ -43,7 +43,7 @@ def infer(
     user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER)),
 ) -> Any:
     """Upstream's inference in a thread; checks first what upstream would answer with a bare 500."""
-    _check_params(params)
+    _check_params(params, output)
     if not (image or session_id or file):
         raise HTTPException(400, "Expected an image id, a session id or an uploaded file, received none of them.")
     try:
@@ -54,13 +54,15 @@ def infer(
         raise
 
 
-def _check_params(params: str) -> None:
+def _check_params(params: str, output: Optional[ResultType]) -> None:
     try:
         values = json.loads(params or "{}")
     except ValueError:
         raise HTTPException(400, "params: expected a JSON object, received text that is not JSON.") from None
     if not isinstance(values, dict):
         raise HTTPException(400, f"params: expected a JSON object, received a {type(values).__name__}.")
+    if output == ResultType.image and values.get("result_write_to_file") is False:
+        raise HTTPException(400, "result_write_to_file: expected true with output=image, received false. Ask for json.")
     for key in ("image", "model", "session"):
         if key in values:
             raise HTTPException(400, f"params: {key!r} belongs into the address of the request, not into params.")
