@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bench import common
 from lib.contracts import Features
 from lib.data.split import hippocampus_split, nuclei_split
 from lib.data.volume import load_volume
@@ -31,6 +32,7 @@ from lib.loading import load_backbone
 from lib.prompts.simulate import box_of, inscribed_ellipse, next_click
 from lib.prompts.user import SlicePrompts, prompt_set
 from lib.transform import SliceTransform
+from tests.serving import dice
 
 CLICKS = (1, 3, 5, 10)
 LEAST_PIXELS = 12
@@ -69,12 +71,6 @@ def nuclei_samples(folder: Path, cases: list[str], per_image: int = 8) -> Iterat
         numbers = [n for n in np.unique(instances) if n and (instances == n).sum() >= LEAST_PIXELS][:per_image]
         for number in numbers:
             yield Sample(case, pixels, {"nucleus": instances == number})
-
-
-def dice(a: np.ndarray, b: np.ndarray) -> float:
-    """Overlap; 1 where both are empty."""
-    total = int(a.sum()) + int(b.sum())
-    return 1.0 if total == 0 else 2 * int((a & b).sum()) / total
 
 
 class Prompted:
@@ -180,12 +176,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     backbone = load_backbone(options.backbone, weights_dir=options.weights_dir, download=False)
-    parts = []
+    parts = [f"{common.machine()}\nWeights {backbone.weights_id}.\n"]
+    print(parts[0], flush=True)
     for name, samples in sources(options.data_dir, options.cases).items():
         parts.append(report(name, backbone, *evaluate(backbone, samples)))
         print(parts[-1], flush=True)
     if options.out:
-        options.out.write_text("\n".join(parts) + f"\nweights {backbone.weights_id}\n")
+        options.out.write_text("\n".join(parts))
     return 0
 
 

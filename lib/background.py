@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from lib.errors import AppError
 
 logger = logging.getLogger(__name__)
-CLOSE_LIMIT_S = 20.0  # a single block of the largest encoder on two cores
+CLOSE_LIMIT_S = 20.0  # a thread ends at its next encoder block; this only keeps a stuck one from blocking the exit
 
 
 class ClosedError(Exception):

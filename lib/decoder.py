@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lib.contracts import BackboneSpec, DecoderOut, Features, Hooks
 
-MAX_PAIRS = 64  # decoder activations of a 64x64 grid take about 12 MB per pair in float32
+MAX_PAIRS = 64  # bounds memory: one 64x64 map of width 256 is 4 MiB per pair in float32, and several live at once
 
 
 def decode(

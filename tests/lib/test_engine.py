@@ -184,7 +184,6 @@ def test_segment_many_threads_encode_each_slice_once(tmp_path: Path, image: Path
     engine = make_engine(tmp_path, prefetch="false")
     volume, encoded = engine.open(image), []
     backbone: Any = engine.warm()
-    backbone.register_forward_pre_hook(lambda *_: None)
     encode = backbone.encode
     backbone.encode = lambda *a, **k: encoded.append(threading.get_ident()) or encode(*a, **k)  # type: ignore
     with ThreadPoolExecutor(8) as pool:
