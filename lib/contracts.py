@@ -33,6 +33,7 @@ class BackboneSpec:
         has_high_res: stride-4 and stride-8 maps are added inside the mask upscaling (SAM 2).
         has_obj_score: the decoder carries an objectness token.
         iou_is_sigmoid: the IoU head ends in a sigmoid; otherwise clamp.
+        iou_reads_masks: the IoU head also takes the mask logits.
         mask_prompt_domain: ``logit`` or ``prob``.
         box_tokens: 2, or 3 where a not-a-point token is appended to a box (SAM 2's predictor).
         carry_box: a mask carried to the next slice comes with its box, because stock decoders barely follow a mask
@@ -54,6 +55,7 @@ class BackboneSpec:
     has_high_res: bool = False
     has_obj_score: bool = False
     iou_is_sigmoid: bool = False
+    iou_reads_masks: bool = False
     mask_prompt_domain: str = "logit"
     box_tokens: int = 2
     carry_box: bool = True

@@ -89,7 +89,8 @@ def _decode_chunk(
     if obj is None and hooks.obj_head is not None:
         obj = hooks.obj_head(iou_token)
     extra = None if hooks.extra_tokens is None else queries[:, -hooks.extra_tokens.shape[1] :]
-    return DecoderOut(masks, md.iou_prediction_head(iou_token), obj, mask_tokens, extra)
+    iou = md.iou_prediction_head(iou_token, masks) if spec.iou_reads_masks else md.iou_prediction_head(iou_token)
+    return DecoderOut(masks, iou, obj, mask_tokens, extra)
 
 
 def _tokens(md: Any, sparse: Tensor, hooks: Hooks, has_obj: bool) -> Tensor:

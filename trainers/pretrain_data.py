@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Optional
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from lib.config import CONFIG_DIR, from_mapping, read_yaml
 from lib.data.split import ORGANS_K_LIMIT, hippocampus_split, nuclei_split, organs_split
-from trainers.pretrain import Recipe
+from trainers.pretrain_loop import Pair, Recipe, save_shard, write_synthetic
 
 logger = logging.getLogger(__name__)
 
@@ -37,26 +35,13 @@ def convert(data_dir: Path, recipe_file: Optional[Path], run: Path) -> None:
         if not folder.is_dir():
             logger.warning("%s is absent: the run goes without it", name)
             continue
-        pairs = list(read(folder, recipe.side))
-        np.savez(run / f"{name}.npz", images=np.stack([p[0] for p in pairs]), labels=np.stack([p[1] for p in pairs]))
+        pairs = list(read(folder))
+        save_shard(run / f"{name}.npz", pairs)
         logger.info("%s: %d slices", name, len(pairs))
+    write_synthetic(run, recipe)
 
 
-Pair = tuple[np.ndarray, np.ndarray]
-
-
-def _square(image: np.ndarray, labels: np.ndarray, side: int) -> Pair:
-    """Both squashed to ``side`` as the backbone's geometry does: image ``(H, W[, 3])`` in 0..255, labels nearest."""
-    x = torch.from_numpy(np.ascontiguousarray(image, np.float32))
-    x = (x if x.ndim == 3 else x[..., None]).permute(2, 0, 1)[None]
-    x = F.interpolate(x, (side, side), mode="bilinear", antialias=True, align_corners=False).clamp(0, 255)
-    y = torch.from_numpy(np.ascontiguousarray(labels, np.float32))[None, None]
-    y = F.interpolate(y, (side, side), mode="nearest-exact")[0, 0]
-    pixels = x[0].permute(1, 2, 0).round().byte().numpy()
-    return (pixels if pixels.shape[-1] == 3 else pixels[..., 0]), y.byte().numpy()
-
-
-def _volume_slices(image: Path, label: Path, side: int, step: int, k_limit: Optional[int] = None) -> Iterator[Pair]:
+def _volume_slices(image: Path, label: Path, step: int, k_limit: Optional[int] = None) -> Iterator[Pair]:
     import nibabel as nib
 
     voxels = np.asarray(nib.load(image).dataobj, np.float32)[:, :, :k_limit]
@@ -69,28 +54,28 @@ def _volume_slices(image: Path, label: Path, side: int, step: int, k_limit: Opti
         for index in range(0, voxels.shape[axis], step):
             labels = classes.take(index, axis)
             if (labels > 0).sum() >= 12:
-                yield _square(voxels.take(index, axis), labels, side)
+                yield voxels.take(index, axis).round().astype(np.uint8), labels
 
 
-def _hippocampus(folder: Path, side: int) -> Iterator[Pair]:
+def _hippocampus(folder: Path) -> Iterator[Pair]:
     cases = hippocampus_split(p.name for p in folder.glob("*.nii.gz"))["pretrain"]
     for case in cases:
-        yield from _volume_slices(folder / f"{case}.nii.gz", folder / "labels/final" / f"{case}.nii.gz", side, 2)
+        yield from _volume_slices(folder / f"{case}.nii.gz", folder / "labels/final" / f"{case}.nii.gz", 2)
 
 
-def _organs(folder: Path, side: int) -> Iterator[Pair]:
+def _organs(folder: Path) -> Iterator[Pair]:
     for case in organs_split(p.name for p in folder.glob("*.nii.gz"))["pretrain"]:
         label = folder / "labels/final" / f"{case}.nii.gz"
-        yield from _volume_slices(folder / f"{case}.nii.gz", label, side, 1, ORGANS_K_LIMIT.get(case))
+        yield from _volume_slices(folder / f"{case}.nii.gz", label, 1, ORGANS_K_LIMIT.get(case))
 
 
-def _nuclei(folder: Path, side: int) -> Iterator[Pair]:
+def _nuclei(folder: Path) -> Iterator[Pair]:
     rng = np.random.default_rng(0)
     for case in nuclei_split(p.name for p in folder.glob("*.png"))["pretrain"]:
-        yield from _nuclei_crops(folder, case, side, rng)
+        yield from _nuclei_crops(folder, case, rng)
 
 
-def _nuclei_crops(folder: Path, case: str, side: int, rng: np.random.Generator) -> Iterator[Pair]:
+def _nuclei_crops(folder: Path, case: str, rng: np.random.Generator) -> Iterator[Pair]:
     from PIL import Image
 
     image = np.asarray(Image.open(folder / f"{case}.png").convert("RGB"))
@@ -100,7 +85,7 @@ def _nuclei_crops(folder: Path, case: str, side: int, rng: np.random.Generator) 
         part = np.s_[top : top + high, left : left + wide]
         labels = _renumbered(instances[part])
         if labels.any():
-            yield _square(image[part], labels, side)
+            yield image[part], labels
 
 
 def _crop(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[int, int, int, int]:

@@ -42,6 +42,20 @@ def augment(images: Tensor, labels: Tensor, side: int, rng: torch.Generator) -> 
     return torch.where(inverted, 1 - images, images), labels[:, 0].round().long()
 
 
+def degrade(images: Tensor, rng: torch.Generator) -> Tensor:
+    """``(B, 3, S, S)`` in 0..1 with, each for some of the images, lost resolution, a bias field and noise."""
+    b, side = len(images), images.shape[-1]
+    u = torch.rand(b, 5, generator=rng).to(images.device)
+    small = F.interpolate(images, scale_factor=float(0.3 + 0.4 * u[0, 0]), mode="bilinear", antialias=True)
+    blurred = F.interpolate(small, (side, side), mode="bilinear")
+    images = torch.where((u[:, 1] < 0.2)[:, None, None, None], blurred, images)
+    field = F.interpolate(torch.randn(b, 1, 4, 4, generator=rng).to(images.device), (side, side), mode="bicubic")
+    images = images * (1 + 0.3 * (u[:, 2] < 0.3)[:, None, None, None] * field)
+    strength = 0.08 * u[:, 3] * (u[:, 4] < 0.3)
+    noise = torch.randn(b, 1, side, side, generator=rng).to(images.device)
+    return (images + strength[:, None, None, None] * noise).clamp(0, 1)
+
+
 def choose_objects(labels: Tensor, per_image: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Object masks and whose image they are.
 

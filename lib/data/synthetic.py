@@ -49,7 +49,7 @@ def _scene(rng: Rng, side: int) -> np.ndarray:
     labels = np.zeros((side, side), np.uint8)
     if rng.random() < 0.7:
         labels[_blob(rng, side, rng.uniform(0.35, 0.48) * side, centre=(side / 2, side / 2))] = 1
-    shapes = (_organ, _organ, _ring, _tube, _parts, _tiny, _sheet)
+    shapes = (_organ, _organ, _ring, _ring, _chambers, _crescent, _tube, _parts, _tiny, _sheet)
     for _ in range(int(rng.integers(3, 12))):
         shapes[int(rng.integers(len(shapes)))](rng, labels)
     return labels
@@ -68,8 +68,9 @@ def _blob(rng: Rng, side: int, radius: float, centre: tuple[float, float] | None
     u = (dx * np.cos(angle) + dy * np.sin(angle)) * stretch
     v = (-dx * np.sin(angle) + dy * np.cos(angle)) / stretch
     theta, wobble = np.arctan2(v, u), np.ones((side, side), np.float32)
+    roughness = rng.uniform(0.03, 0.25)  # from a nearly perfect ellipse to a lobed organ
     for harmonic in range(2, 7):
-        wobble += rng.normal(0, 0.25 / harmonic) * np.cos(harmonic * theta + rng.uniform(0, 2 * np.pi))
+        wobble += rng.normal(0, roughness / harmonic) * np.cos(harmonic * theta + rng.uniform(0, 2 * np.pi))
     return np.hypot(u, v) < radius * np.maximum(wobble, 0.2)
 
 
@@ -87,6 +88,30 @@ def _ring(rng: Rng, labels: np.ndarray) -> None:
     labels[blob] = new
     if rng.random() < 0.8:
         labels[depth > wall] = new + 1 if rng.random() < 0.7 else 0
+
+
+def _chambers(rng: Rng, labels: np.ndarray) -> None:
+    """A walled cavity and a neighbour that hugs its wall, as ventricles, joints and follicles do."""
+    side = labels.shape[0]
+    centre = rng.uniform(0.2, 0.8, 2) * side
+    radius = float(np.exp(rng.uniform(np.log(0.06), np.log(0.18)))) * side
+    outer = _blob(rng, side, radius, centre=(centre[0], centre[1]))
+    depth = ndimage.distance_transform_edt(outer)
+    away, angle = radius * rng.uniform(0.5, 1.2), rng.uniform(0, 2 * np.pi)
+    beside = (float(centre[0] + away * np.sin(angle)), float(centre[1] + away * np.cos(angle)))
+    new = _free(labels)
+    labels[_blob(rng, side, radius * rng.uniform(0.7, 1.3), centre=beside)] = new + 2
+    labels[outer] = new
+    labels[depth > depth.max() * rng.uniform(0.15, 0.6)] = new + 1
+
+
+def _crescent(rng: Rng, labels: np.ndarray) -> None:
+    """A blob without the blob that bites into it."""
+    side = labels.shape[0]
+    centre, radius, angle = rng.uniform(0.15, 0.85, 2) * side, rng.uniform(0.05, 0.2) * side, rng.uniform(0, 2 * np.pi)
+    bite = centre + radius * rng.uniform(0.3, 0.9) * np.array([np.sin(angle), np.cos(angle)])
+    whole = _blob(rng, side, radius, centre=(centre[0], centre[1]))
+    labels[whole & ~_blob(rng, side, radius * rng.uniform(0.7, 1.1), centre=(bite[0], bite[1]))] = _free(labels)
 
 
 def _tube(rng: Rng, labels: np.ndarray) -> None:
@@ -122,29 +147,45 @@ def _render(rng: Rng, labels: np.ndarray) -> np.ndarray:
     side, count = labels.shape[0], int(labels.max()) + 1
     spread = float(np.exp(rng.uniform(np.log(0.06), np.log(0.35))))  # contrast between regions, from faint to strong
     means = np.clip(0.5 + rng.normal(0, spread, count), 0, 1).astype(np.float32)
+    for region in range(1, count):  # some regions look like another one, so that only a wall tells them apart
+        if rng.random() < 0.2:
+            means[region] = means[int(rng.integers(count))]
     if rng.random() < 0.5:
         means[0] = rng.uniform(0, 0.15)
+    if rng.random() < 0.5:
+        labels = _inclusions(rng, labels, count)
+        means = np.append(means, np.clip(0.5 + rng.normal(0, 0.25, 3), 0, 1)).astype(np.float32)
+        count += 3
     image = ndimage.gaussian_filter(means[labels], rng.uniform(0.3, 1.8))
     for _ in range(int(rng.integers(1, 3))):  # tissue texture, stronger in some regions than in others
         weight = rng.uniform(0, 1, count).astype(np.float32)[labels]
         image += rng.uniform(0, 0.1) * weight * _noise(rng, side, float(np.exp(rng.uniform(0.7, 3.2))))
-    image = _acquire(rng, image)
+    image = _acquire(rng, image, spread)
     low, high = np.percentile(image, [0.5, 99.5])
     image = np.clip((image - low) / max(high - low, 1e-3), 0, 1)
     return (_colour(rng, image, labels, count) * 255).astype(np.uint8)
 
 
-def _acquire(rng: Rng, image: np.ndarray) -> np.ndarray:
-    """What a scanner adds: bias field, speckle or noise, blur and lost resolution."""
+def _inclusions(rng: Rng, labels: np.ndarray, count: int) -> np.ndarray:
+    """What shows in the image and is no object of its own: vessels in an organ, papillary muscles, calcium."""
+    shown = labels.astype(np.int32)
+    for _ in range(int(rng.integers(2, 14))):
+        spot = _blob(rng, labels.shape[0], rng.uniform(0.005, 0.03) * labels.shape[0])
+        shown[spot] = count + int(rng.integers(3))
+    return shown
+
+
+def _acquire(rng: Rng, image: np.ndarray, spread: float) -> np.ndarray:
+    """What a scanner adds: bias field, speckle or noise (up to the contrast itself), blur and lost resolution."""
     side = image.shape[0]
     if rng.random() < 0.4:
         image = image * (1 + 0.25 * _noise(rng, side, 0.6 * side))
     if rng.random() < 0.2:  # ultrasound-like speckle is multiplicative and has a grain of a few pixels
         grain = ndimage.gaussian_filter(rng.rayleigh(1.0, image.shape), rng.uniform(0.6, 1.6))
-        image = image * (1 + rng.uniform(0.4, 1.0) * (grain / grain.mean() - 1) * 3)
-    noise = rng.normal(0, rng.uniform(0, 0.1), image.shape)
+        image = image * (1 + rng.uniform(0.4, 1.2) * (grain / grain.mean() - 1))
+    noise = rng.normal(0, rng.uniform(0, min(0.1, 0.8 * spread)), image.shape)
     if rng.random() < 0.3:
-        noise = ndimage.gaussian_filter(noise, 1.0) * 2.5
+        noise = ndimage.gaussian_filter(noise, 1.0) * 2
     image = image + noise
     if rng.random() < 0.4:
         factor = rng.uniform(1.5, 5)

@@ -35,26 +35,44 @@ def soft_iou(logits: Tensor, target: Tensor) -> Tensor:
     return (overlap + 1e-6) / (torch.maximum(mask, target).sum(1) + 1e-6)
 
 
-def pair_loss(out: DecoderOut, target: Tensor, present: Tensor, *, multimask: bool) -> tuple[Tensor, Tensor, Tensor]:
+def area_bce(logits: Tensor, target: Tensor) -> Tensor:
+    """``(N,)`` summed cross entropy over the target's area and one per cent of the grid.
+
+    Small and large objects weigh alike, as with Dice, but within an object the classes are not re-weighted, so logit 0
+    stays where either class is as likely: :func:`balanced_bce` alone over-fills thin structures.
+    """
+    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").flatten(1).sum(1)
+    return 0.25 * loss / (target.flatten(1).sum(1) + 0.01 * target[0].numel())
+
+
+def pair_loss(
+    out: DecoderOut, target: Tensor, present: Tensor, *, multimask: bool, balance: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Mask, IoU and objectness loss.
 
     Args:
         out: decoder output of N pairs.
         target: ``(N, G, G)`` soft masks.
         present: ``(N,)`` bool; absent pairs teach objectness only.
-        multimask: True also trains the best of tokens 1 to 3.
+        multimask: True also trains the best of tokens 1 to 3, and the others a little: left alone they die.
+        balance: share of :func:`balanced_bce` in the cross entropy, for the first steps from random weights.
 
     Returns:
-        Scalar loss, mean Dice of the single mask over present pairs, and ``(N,)`` the candidate to feed back.
+        Scalar loss and mean Dice of the single mask over present pairs.
     """
     n, m = out.masks.shape[:2]
-    flat, wide = out.masks.flatten(0, 1), target.repeat_interleave(m, 0)
-    mask_loss = (balanced_bce(flat, wide) + dice_loss(flat, wide)).view(n, m)
-    best = mask_loss[:, 1:].argmin(1) + 1
-    chosen = mask_loss[:, 0] + (mask_loss.gather(1, best[:, None])[:, 0] if multimask else 0)
-    iou = soft_iou(flat, wide).view(n, m).detach()
+    trained = out.masks if multimask else out.masks[:, :1]
+    flat, wide = trained.flatten(0, 1), target.repeat_interleave(trained.shape[1], 0)
+    entropy = (1 - balance) * area_bce(flat, wide)
+    if balance:
+        entropy = entropy + balance * balanced_bce(flat, wide)
+    mask_loss = (entropy + dice_loss(flat, wide)).view(n, -1)
+    chosen = mask_loss[:, 0]
+    if multimask:
+        chosen = chosen + 0.9 * mask_loss[:, 1:].amin(1) + 0.1 * mask_loss[:, 1:].mean(1)
+    iou = soft_iou(out.masks.detach().flatten(0, 1), target.repeat_interleave(m, 0)).view(n, m)
     count = present.sum().clamp_min(1)
-    loss = (chosen * present).sum() / count + (((out.iou - iou) ** 2).mean(1) * present).sum() / count
+    loss = (chosen * present).sum() / count + 2 * (((out.iou - iou) ** 2).mean(1) * present).sum() / count
     obj = F.binary_cross_entropy_with_logits(out.obj[:, 0], present.float())  # type: ignore[index]
     dice = ((2 * iou[:, 0] / (1 + iou[:, 0])) * present).sum() / count
-    return loss + 0.2 * obj, dice, best
+    return loss + 0.2 * obj, dice

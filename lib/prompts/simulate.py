@@ -61,7 +61,7 @@ def inscribed_ellipse(shape: tuple[int, int], box: tuple[float, float, float, fl
 
 
 def random_boxes(masks: Tensor, scale: float, jitter: float, rng: torch.Generator) -> Tensor:
-    """Boxes around masks, each edge moved by up to ``jitter`` of the side.
+    """Boxes around masks, each edge moved by up to ``jitter`` of the side; some are drawn more carefully than others.
 
     Args:
         masks: ``(N, G, G)`` bool, none empty.
@@ -77,7 +77,8 @@ def random_boxes(masks: Tensor, scale: float, jitter: float, rng: torch.Generato
     lo = torch.stack([columns.float().argmax(1), rows.float().argmax(1)], 1)
     hi = torch.stack([size - columns.flip(1).float().argmax(1), size - rows.flip(1).float().argmax(1)], 1)
     side = (hi - lo).float().repeat(1, 2)
-    noise = (torch.rand(len(masks), 4, generator=rng) * 2 - 1).to(masks.device)
+    care = torch.rand(len(masks), 1, generator=rng)
+    noise = ((torch.rand(len(masks), 4, generator=rng) * 2 - 1) * care).to(masks.device)
     return torch.cat([lo, hi], 1) * scale + noise * jitter * side * scale - 0.5
 
 
