@@ -1,20 +1,24 @@
-"""Zero-shot Dice of a backbone from simulated prompts on real slices, beside a baseline that looks at no pixel.
+"""Zero-shot Dice from simulated prompts on real slices: ``compact``, whatever official checkpoint is there, baselines.
 
-    python -m bench.zero_shot [--backbone compact] [--data-dir DIR] [--cases N] [--out FILE]
+    python -m bench.zero_shot [--backbone NAME ...] [--data-dir DIR] [--cases N] [--no-baselines] [--out FILE]
 
 Hippocampus ``test``, held-back nuclei and all of ACDC: none of it was seen in pretraining, ACDC's domain neither. Every
 slice (across k) where a structure has at least 12 pixels counts; Dice is averaged per case, then over cases. Clicks
-follow ``lib.prompts.simulate.next_click``; after the first each call also gets the previous mask.
+follow ``lib.prompts.simulate.next_click`` against each method's own mask; after the first, each call of a model also
+gets the previous mask. Baselines on the same slices: the ellipse inscribed in the box, random walker, graph cut. At the
+end: size of the weights, time to encode a 512 x 512 slice and to decode a click, memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -22,7 +26,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench import common
+from bench import classical, common
+from lib import weights
+from lib.config import backbone_names, backbone_row
 from lib.contracts import Features
 from lib.data.split import hippocampus_split, nuclei_split
 from lib.data.volume import load_volume
@@ -36,6 +42,8 @@ from tests.serving import dice
 
 CLICKS = (1, 3, 5, 10)
 LEAST_PIXELS = 12
+Row = dict[str, float]
+Pairs = list[tuple[str, float, float]]
 NAMES = {
     "hippocampus": {1: "anterior", 2: "posterior"},
     "acdc": {1: "RV", 2: "Myo", 3: "LV"},
@@ -95,25 +103,52 @@ class Prompted:
         return (self.transform.logits(low)[0, 0] > 0).numpy(), low.clamp(-32, 32), float(out.iou[0, best])
 
 
-def box_dice(model: Prompted, target: np.ndarray) -> tuple[float, float, float]:
-    """Dice of the box prompt, of the inscribed ellipse, and the predicted IoU."""
-    box = box_of(target)
-    mask, _, quality = model.ask(SlicePrompts(box_rc=box))
-    return dice(mask, target), dice(inscribed_ellipse(target.shape, box), target), quality
+Ask = Callable[[SlicePrompts], np.ndarray]
 
 
-def click_dice(model: Prompted, target: np.ndarray) -> dict[int, float]:
+def model_ask(model: Prompted) -> tuple[Ask, list[float]]:
+    """A function from prompts to a mask that feeds the previous mask back, and the predicted IoU of every call."""
+    previous: list[torch.Tensor] = []
+    quality: list[float] = []
+
+    def ask(prompts: SlicePrompts) -> np.ndarray:
+        mask, low, predicted = model.ask(prompts, previous[-1] if previous else None)
+        previous.append(low)
+        quality.append(predicted)
+        return mask
+
+    return ask, quality
+
+
+def click_dice(ask: Ask, target: np.ndarray) -> dict[str, float]:
     """Dice after each number of clicks of ``CLICKS``."""
-    prompts, mask, low = SlicePrompts(), None, None
-    scores: dict[int, float] = {}
+    prompts, mask = SlicePrompts(), None
+    scores: dict[str, float] = {}
     for number in range(1, max(CLICKS) + 1):
         click = next_click(target, mask)
         if click is not None:
             prompts.points_rc.append(click)
-            mask, low, _ = model.ask(prompts, low)
+            mask = ask(prompts)
         if number in CLICKS and mask is not None:
-            scores[number] = dice(mask, target)
+            scores[f"{number} clicks"] = dice(mask, target)
     return scores
+
+
+def measure(backbone: Any, sample: Sample, baselines: bool) -> Iterator[tuple[str, str, dict[str, float], Pairs]]:
+    """Structure, method, Dice per prompt, and ``(predicted, true)`` IoU of the model's masks."""
+    model = Prompted(backbone, sample.pixels)
+    for structure, target in sample.masks.items():
+        box = SlicePrompts(box_rc=box_of(target))
+        mask, _, predicted = model.ask(box)
+        found = {"box": dice(mask, target)}
+        ask, quality = model_ask(model)
+        clicked = click_dice(ask, target)
+        pairs = [("box", predicted, found["box"]), ("1 click", quality[0], clicked["1 clicks"])]
+        yield structure, backbone.spec.name, found | clicked, pairs
+        yield structure, "ellipse", {"box": dice(inscribed_ellipse(target.shape, box.box_rc), target)}, []  # type: ignore
+        for name in ("random_walk", "graph_cut") if baselines else ():
+            classic = partial(getattr(classical, name), sample.pixels)
+            yield structure, name, {"box": dice(classic(box), target)} | click_dice(classic, target), []
 
 
 def sources(data_dir: Path, limit: Optional[int]) -> dict[str, Iterator[Sample]]:
@@ -132,55 +167,89 @@ def sources(data_dir: Path, limit: Optional[int]) -> dict[str, Iterator[Sample]]
     }
 
 
-def evaluate(backbone: Any, samples: Iterator[Sample]) -> tuple[dict[str, dict[str, float]], list[tuple[float, float]]]:
-    """Mean Dice per structure and prompt, and ``(predicted, true)`` IoU of the box prompts."""
-    scores: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    calibration = []
+def evaluate(backbone: Any, samples: Iterator[Sample], baselines: bool) -> tuple[dict[tuple[str, str], Row], Pairs]:
+    """Mean Dice per (structure, method) and prompt, and ``(prompt, predicted, true Dice)`` of the model's masks."""
+    scores: dict[tuple[str, str], dict[str, dict[str, list[float]]]] = {}
+    calibration: Pairs = []
     with torch.inference_mode():
         for sample in samples:
-            model = Prompted(backbone, sample.pixels)
-            for structure, target in sample.masks.items():
-                box, ellipse, quality = box_dice(model, target)
-                calibration.append((quality, box / (2 - box)))
-                found = {"ellipse": ellipse, "box": box}
-                found |= {f"{n} clicks": d for n, d in click_dice(model, target).items()}
+            for structure, method, found, pairs in measure(backbone, sample, baselines):
+                row = scores.setdefault((structure, method), defaultdict(lambda: defaultdict(list)))
                 for prompt, value in found.items():
-                    scores[structure, prompt][sample.case].append(value)
-    table: dict[str, dict[str, float]] = defaultdict(dict)
-    for (structure, prompt), cases in scores.items():
-        table[structure][prompt] = float(np.mean([np.mean(v) for v in cases.values()]))
-    return dict(table), calibration
+                    row[prompt][sample.case].append(value)
+                calibration += pairs
+    return {
+        key: {p: float(np.mean([np.mean(v) for v in cases.values()])) for p, cases in row.items()}
+        for key, row in scores.items()
+    }, calibration
 
 
-def report(name: str, backbone: Any, table: dict[str, dict[str, float]], calibration: list[tuple[float, float]]) -> str:
+def report(name: str, backbone: Any, table: dict[tuple[str, str], Row], calibration: Pairs) -> str:
     """A markdown table."""
     from scipy.stats import spearmanr
 
-    columns = ["ellipse", "box", *(f"{n} clicks" for n in CLICKS)]
+    columns = ["box", *(f"{n} clicks" for n in CLICKS)]
+    rows = [[*key, *(f"{row[c]:.3f}" if c in row else "" for c in columns)] for key, row in sorted(table.items())]
     lines = [f"### {name}, {backbone.spec.name} at {backbone.spec.input_size} px", ""]
-    lines += ["| structure | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for structure, row in table.items():
-        lines.append(f"| {structure} | " + " | ".join(f"{row[c]:.3f}" for c in columns) + " |")
-    predicted, true = zip(*calibration)
-    lines.append(f"\npredicted against true IoU of {len(true)} boxes: Spearman {spearmanr(predicted, true)[0]:.2f}\n")
+    lines += [*common.markdown(("structure", "method", *columns), rows), ""]
+    for prompt in ("box", "1 click"):
+        predicted, true = zip(*[(q, d / (2 - d)) for p, q, d in calibration if p == prompt])
+        lines.append(f"predicted against true IoU, {prompt}, {len(true)}: Spearman {spearmanr(predicted, true)[0]:.2f}")
+    predicted, true = zip(*[(q, d / (2 - d)) for _, q, d in calibration])
+    lines.append(f"predicted against true IoU, both: Spearman {spearmanr(predicted, true)[0]:.2f}\n")
     return "\n".join(lines)
+
+
+def cost(backbone: Any) -> str:
+    """Size, time and memory of one model on this machine."""
+    from bench.common import memory_mb, seconds
+
+    pixels = np.random.default_rng(0).random((512, 512), np.float32)
+    with torch.inference_mode():
+        encode = [Prompted(backbone, pixels).encode_s for _ in range(12)][2:]
+        model, decode_s = Prompted(backbone, pixels), []
+        for n in range(22):
+            started = time.perf_counter()
+            model.ask(SlicePrompts([(100 + n, 200, True)]))
+            decode_s.append(time.perf_counter() - started)
+    size = sum(p.numel() for p in backbone.parameters())
+    file = backbone_row(backbone.spec.name).weights.bytes
+    return (
+        f"{backbone.spec.name}: {size / 1e6:.2f} M parameters, file {file / 1e6:.2f} MB; 512 x 512 slice encoded in "
+        f"{seconds(encode)}, click decoded and resized in {seconds(decode_s[2:])}; process memory now and at peak "
+        f"{memory_mb(os.getpid())[0]:.0f} and {memory_mb(os.getpid())[1]:.0f} MB.\n"
+    )
+
+
+def available(weights_dir: Optional[Path]) -> list[str]:
+    """``compact`` and every backbone whose official file lies in the weights folder."""
+    folder = weights.weights_dir(weights_dir)
+    return ["compact"] + [
+        n for n in backbone_names() if (file := backbone_row(n).weights.file) and (folder / file).exists()
+    ]
 
 
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default="compact")
+    parser.add_argument("--backbone", nargs="+", help="default: compact and every official checkpoint that is there")
     parser.add_argument("--weights-dir", type=Path, default=None)
     parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"))
     parser.add_argument("--cases", type=int, default=None, help="at most so many per data set")
+    parser.add_argument("--no-baselines", action="store_true")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
-    backbone = load_backbone(options.backbone, weights_dir=options.weights_dir, download=False)
-    parts = [f"{common.machine()}\nWeights {backbone.weights_id}.\n"]
+    parts = [f"{common.machine()}\n"]
     print(parts[0], flush=True)
-    for name, samples in sources(options.data_dir, options.cases).items():
-        parts.append(report(name, backbone, *evaluate(backbone, samples)))
+    baselines = not options.no_baselines
+    for name in options.backbone or available(options.weights_dir):
+        backbone = load_backbone(name, weights_dir=options.weights_dir, download=False)
+        parts.append(f"## {name}, weights {backbone.weights_id}\n\n{cost(backbone)}")
         print(parts[-1], flush=True)
+        for dataset, samples in sources(options.data_dir, options.cases).items():
+            parts.append(report(dataset, backbone, *evaluate(backbone, samples, baselines)))
+            print(parts[-1], flush=True)
+        baselines = False  # the same for every model
     if options.out:
         options.out.write_text("\n".join(parts))
     return 0
