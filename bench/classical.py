@@ -25,6 +25,8 @@ def random_walk(pixels: np.ndarray, prompts: SlicePrompts) -> np.ndarray:
 
     grey = pixels.mean(2) if pixels.ndim == 3 else pixels
     window, inside, outside = _seeds(grey.shape, prompts)
+    if not inside[window].any():  # scikit-image would take the only label left for the first one
+        return np.zeros(grey.shape, bool)
     seeds = np.where(inside, 1, np.where(outside, 2, 0))[window]
     out = np.zeros(grey.shape, bool)
     with warnings.catch_warnings():
@@ -79,6 +81,7 @@ def _seeds(shape: tuple[int, ...], prompts: SlicePrompts) -> tuple[tuple[slice, 
         outside[r0:r1, c0:c1] = False
         down, across = 0.4 * (r1 - r0), 0.4 * (c1 - c0)
         inside = inscribed_ellipse(shape, (r0 + down, c0 + across, r1 - down, c1 - across))  # type: ignore[arg-type]
+        inside[(r0 + r1) // 2, (c0 + c1) // 2] = True  # in boxes of up to 6 pixels the ellipse can miss every centre
     else:
         row, column, _ = prompts.points_rc[0]
         window = tuple(

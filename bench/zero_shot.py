@@ -224,9 +224,8 @@ def cost(backbone: Any) -> str:
 def available(weights_dir: Optional[Path]) -> list[str]:
     """``compact`` and every backbone whose official file lies in the weights folder."""
     folder = weights.weights_dir(weights_dir)
-    return ["compact"] + [
-        n for n in backbone_names() if (file := backbone_row(n).weights.file) and (folder / file).exists()
-    ]
+    files = {n: backbone_row(n).weights.file for n in backbone_names() if n != "compact"}
+    return ["compact"] + [n for n, file in files.items() if file and (folder / file).exists()]
 
 
 def main() -> int:

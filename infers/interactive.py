@@ -16,7 +16,8 @@ from typing import Any, Optional
 from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
-from infers.request import ReplyFormat, option_table, read_options, read_prompts, read_reply
+from infers.prompts import read_prompts
+from infers.request import ReplyFormat, option_table, read_options, read_reply
 from lib.data.write import write_mask
 from lib.engine import Engine
 from lib.errors import AppError, PromptError, VolumeError

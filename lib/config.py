@@ -136,6 +136,75 @@ def backbone_row(name: str) -> BackboneRow:
     return from_mapping(BackboneRow, {"name": name, **values}, f"backbones/{name}.yaml")
 
 
+@dataclass(frozen=True)
+class TrainRecipe:
+    """How a method is trained.
+
+    Args:
+        preset: ``frozen``, ``adapters``, ``full``, or ``auto``: ``full`` for ``compact``, else ``adapters`` on a GPU and
+            ``frozen`` without.
+        loss: name of a loss preset of the method.
+        epochs: at most; early stopping ends sooner.
+        steps: optimiser steps per epoch; 0 takes as many as the slices fill batches, at least 20.
+        batch: slices per step.
+        views: per slice, the original and augmented ones, whose features are kept where the encoder is frozen.
+        lr: of the method; cosine to a tenth.
+        backbone_lr: of adapters and backbone.
+        weight_decay: of matrices.
+        patience: validations without a better Dice before it stops.
+        memory_mb: for kept features; views are fewer, and at last none is kept, where they do not fit.
+        seed: of weights, order and augmentation.
+    """
+
+    preset: str = "auto"
+    loss: str = "sam2rad"
+    epochs: int = 30
+    steps: int = 0
+    batch: int = 8
+    views: int = 6
+    lr: float = 5e-4
+    backbone_lr: float = 1e-4
+    weight_decay: float = 0.1
+    patience: int = 10
+    memory_mb: int = 4096
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """One learned method as it is offered.
+
+    Args:
+        name: key for ``--conf models``; the YAML's file name.
+        module: module in ``lib/methods``.
+        options: fields of the module's ``Config`` without the number of classes.
+        recipe: how it is trained.
+    """
+
+    name: str
+    module: str
+    options: dict[str, Any]
+    recipe: TrainRecipe
+
+
+def method_names() -> list[str]:
+    """Names that ``--conf models`` accepts, sorted."""
+    return sorted(p.stem for p in (CONFIG_DIR / "methods").glob("*.yaml"))
+
+
+def method_row(name: str) -> MethodRow:
+    """The row of one method.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    known = method_names()
+    if name not in known:
+        raise ConfigError(f"Expected a model out of {known}, received {name!r}.{did_you_mean(name, known)}")
+    values = read_yaml(CONFIG_DIR / "methods" / f"{name}.yaml")
+    return from_mapping(MethodRow, {"name": name, **values}, f"methods/{name}.yaml")
+
+
 UPSTREAM_CONF = ("server_mode",)  # the one key of --conf that MONAI Label's own base class reads
 SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")

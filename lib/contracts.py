@@ -103,8 +103,8 @@ class PromptSet:
     Args:
         points_xy: ``(N, P, 2)`` float.
         labels: ``(N, P)`` int: 1 positive, 0 negative, -1 not a point (padding of ragged sets).
-        boxes_xy: ``(N, 4)`` float, x0 y0 x1 y1. A row of NaN means that this pair has no box; its two corner tokens
-            become not-a-point tokens.
+        boxes_xy: ``(N, 4)`` or ``(N, M, 4)`` float, x0 y0 x1 y1. A row of NaN means that this pair has no such box; its
+            two corner tokens become not-a-point tokens. Where a model draws boxes, the last one that is given counts.
         masks: ``(N, 1, 4h, 4w)`` previous mask as *logits* (the backbone converts to its own domain).
         mask_given: ``(N,)`` bool, which pairs have a mask; None means all. The others get ``no_mask_embed``.
         tokens: ``(N, F, E)`` free tokens, appended as they are.
@@ -124,6 +124,10 @@ class PromptSet:
         """N, or None where nothing is given."""
         parts = (self.points_xy, self.boxes_xy, self.masks, self.tokens, self.dense)
         return next((p.shape[0] for p in parts if p is not None), None)
+
+    def rows(self, pairs: Tensor) -> PromptSet:
+        """The prompts of some of the pairs, ``(n,)`` long or ``(N,)`` bool."""
+        return replace(self, **{k: v[pairs] for k, v in vars(self).items() if v is not None})
 
 
 @dataclass
@@ -189,6 +193,42 @@ class Backbone(Protocol):
 
     def embed_prompts(self, prompts: PromptSet, pairs: Optional[int] = None) -> tuple[Tensor, Tensor]:
         """``(sparse (N, T, E), dense (N, E, h, w))``, always batched to N; ``pairs`` gives N for an empty set."""
+        ...
+
+
+@dataclass
+class Proposal:
+    """What a method proposes for ``N = B * K`` pairs, image by image, classes inside (pair ``n = b * K + k``).
+
+    Args:
+        prompts: learned prompts.
+        hooks: where the method reaches into the decoder.
+        boxes: ``(N, 4)`` predicted boxes x0 y0 x1 y1 in 0..1, or None; for the loss and for pictures.
+        masks: ``(N, 1, 4h, 4w)`` interim mask logits, or None.
+    """
+
+    prompts: PromptSet
+    hooks: Hooks = field(default_factory=Hooks)
+    boxes: Optional[Tensor] = None
+    masks: Optional[Tensor] = None
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A learned prompter. Implementations are ``nn.Module``s that hold what is trained beside the backbone.
+
+    Attributes:
+        classes: K.
+        taps: maps of the encoder that :meth:`propose` needs.
+        mask_token: which of the decoder's four masks is read.
+    """
+
+    classes: int
+    taps: tuple[str, ...]
+    mask_token: int
+
+    def propose(self, features: Features) -> Proposal:
+        """Prompts of all classes for B images."""
         ...
 
 

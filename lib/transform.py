@@ -89,8 +89,15 @@ class SliceTransform:
 
     def mask(self, native: Tensor) -> Tensor:
         """``(N, 1, H, W)`` logits on the slice to ``(N, 1, 4h, 4w)``; padding becomes strong background."""
-        x = F.interpolate(native.float(), self.inner, mode="bilinear", align_corners=False)
-        x = self._pad(x, value=-20.0)
+        return self._to_grid(native, -20.0)
+
+    def coverage(self, native: Tensor) -> Tensor:
+        """``(N, 1, H, W)`` masks to ``(N, 1, 4h, 4w)``: the share of every cell that a mask covers, 0 in the padding."""
+        return self._to_grid(native, 0.0).clamp(0, 1)
+
+    def _to_grid(self, native: Tensor, outside: float) -> Tensor:
+        x = F.interpolate(native.float(), self.inner, mode="bilinear", align_corners=False, antialias=True)
+        x = self._pad(x, value=outside)
         return F.interpolate(x, (self.spec.mask_size,) * 2, mode="bilinear", align_corners=False, antialias=True)
 
     def _to_xy(self, edges_rc: np.ndarray) -> Tensor:

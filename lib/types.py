@@ -57,6 +57,41 @@ class Box:
         return cls(lo, hi)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True, eq=False)
+class Stroke:
+    """A scribble: voxels that all belong to the structure, or all do not. Equal where sign and voxels in order are.
+
+    Args:
+        voxels: ``(M, 3)`` whole numbers, voxel indices in any order; kept as a read-only int64 copy.
+        positive: True adds the structure at these voxels, False excludes them.
+
+    Raises:
+        PromptError: if there is no voxel, or the array has another shape or type.
+    """
+
+    voxels: np.ndarray
+    positive: bool = True
+
+    def __post_init__(self) -> None:
+        given = np.asarray(self.voxels)
+        if given.ndim != 2 or given.shape[1] != 3 or not len(given) or given.dtype.kind not in "iu":
+            raise PromptError(
+                f"Expected a stroke of voxel indices, whole numbers (M, 3); received {given.dtype} {given.shape}."
+                " Draw at least one voxel."
+            )
+        own = given.astype(np.int64)
+        own.setflags(write=False)
+        object.__setattr__(self, "voxels", own)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Stroke):
+            return NotImplemented
+        return self.positive == other.positive and np.array_equal(self.voxels, other.voxels)
+
+    def __hash__(self) -> int:
+        return hash((self.positive, self.voxels.tobytes()))
+
+
 @dataclass(frozen=True)
 class UserPrompts:
     """Everything the user drew for one label on one volume, in the volume's voxel frame.
@@ -66,9 +101,10 @@ class UserPrompts:
 
     clicks: tuple[Click, ...] = ()
     boxes: tuple[Box, ...] = ()
+    strokes: tuple[Stroke, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.clicks or self.boxes)
+        return bool(self.clicks or self.boxes or self.strokes)
 
 
 class WindowSource(Enum):

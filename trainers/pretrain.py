@@ -69,8 +69,8 @@ def _loop(trainer: Trainer, bank: Bank, run: Path, end: float) -> None:
         if trainer.step % LOG_EVERY == 0 and trainer.worker == 0:
             mean = {k: round(float(np.mean([w[k] for w in window])), 4) for k in window[0]}
             speed = len(window) * trainer.recipe.batch / (time.monotonic() - logged)
-            logger.info("step %d/%d side %d %s %.1f images/s", trainer.step, trainer.total, trainer.model.spec.input_size,
-                        mean, speed)  # fmt: skip
+            side = trainer.model.spec.input_size
+            logger.info("step %d/%d side %d %s %.1f images/s", trainer.step, trainer.total, side, mean, speed)
             trainer.history.append({"step": trainer.step, **mean})
             logged, window = time.monotonic(), []
             save_state(run, trainer.step, *trainer.state())

@@ -319,7 +319,7 @@ class Trainer:
 
 
 def fed_back(out: DecoderOut, prompts: PromptSet) -> Tensor:
-    """``(N, G, G)`` logits that the engine would feed back: the best of three for a single click, else the single mask."""
+    """``(N, G, G)`` logits that the engine would feed back: best of three for a single click, else the single mask."""
     single = (prompts.labels >= 0).sum(1) == 1  # type: ignore[operator]
     single &= prompts.boxes_xy.isnan().any(1)  # type: ignore[union-attr]
     chosen = torch.where(single, 1 + out.iou[:, 1:].argmax(1), 0)
@@ -328,7 +328,7 @@ def fed_back(out: DecoderOut, prompts: PromptSet) -> Tensor:
 
 def share_gradients(model: Compact) -> None:
     """The mean of all workers' gradients, in one message."""
-    with_gradient = [p for p in model.parameters()]
+    with_gradient = list(model.parameters())
     flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in with_gradient])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()

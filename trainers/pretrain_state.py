@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 SHARD_BYTES = 15_000_000
+ENTRY_BYTES = 1_000  # torch.save's own per tensor, 300 measured; uncounted it took a shard 69 kB over the limit
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 
 
 def save_state(run: Path, step: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> Path:
-    """Writes ``run/state-STEP`` and removes older ones.
+    """Writes ``run/state-STEP`` and removes older ones; a state of this very step is kept, since the step decides all.
 
     Args:
         run: folder of the run.
@@ -28,17 +29,21 @@ def save_state(run: Path, step: int, tensors: Mapping[str, Tensor], plain: Mappi
         tensors: by flat names.
         plain: what JSON can hold.
     """
-    folder, partial = run / f"state-{step}", run / "state.part"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for number, names in enumerate(_shards(tensors)):
-        torch.save({n: tensors[n].detach().cpu().clone() for n in names}, partial / f"shard-{number}.pt")
-    (partial / "state.json").write_text(json.dumps(plain))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    folder = run / f"state-{step}"
+    if not folder.exists():  # to replace it would leave a moment without any state
+        _write(run / "state.part", tensors, plain).rename(folder)
     for other in run.glob("state-*"):
         if other != folder:
             shutil.rmtree(other)
+    return folder
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for number, names in enumerate(_shards(tensors)):
+        torch.save({n: tensors[n].detach().cpu().clone() for n in names}, folder / f"shard-{number}.pt")
+    (folder / "state.json").write_text(json.dumps(plain))
     return folder
 
 
@@ -57,7 +62,7 @@ def _shards(tensors: Mapping[str, Tensor]) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
-        amount = tensor.numel() * tensor.element_size()
+        amount = tensor.numel() * tensor.element_size() + ENTRY_BYTES
         if size + amount > SHARD_BYTES and shards[-1]:
             shards.append([])
             size = 0

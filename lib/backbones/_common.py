@@ -30,6 +30,7 @@ class SamBackbone(nn.Module):
     """
 
     prompt_attribute = "prompt_encoder"  # official name of the prompt encoder in this family
+    block_channels_first = False  # layout of what goes through ``enc.block[i]``
 
     def __init__(self, spec: BackboneSpec, paths: dict[str, str]) -> None:
         super().__init__()
@@ -97,10 +98,11 @@ def _sparse(spec: BackboneSpec, encoder: Any, prompts: PromptSet, n: int) -> Ten
     device = encoder.no_mask_embed.weight.device
     xy, labels = torch.zeros(n, 0, 2, device=device), torch.zeros(n, 0, dtype=torch.long, device=device)
     if prompts.boxes_xy is not None:
-        corners = prompts.boxes_xy.to(device).reshape(n, 2, 2)
-        given = torch.isfinite(corners).all(-1).all(-1)[:, None]  # (N, 1)
-        kinds = torch.where(given, torch.tensor(CORNERS, device=device), NOT_A_POINT)
-        xy, labels = torch.cat([xy, torch.nan_to_num(corners)], 1), torch.cat([labels, kinds], 1)
+        boxes = prompts.boxes_xy.to(device).reshape(n, -1, 4)
+        given = torch.isfinite(boxes).all(-1, keepdim=True)  # (N, M, 1)
+        kinds = torch.where(given, torch.tensor(CORNERS, device=device), NOT_A_POINT).reshape(n, -1)
+        corners = torch.where(given, boxes, torch.zeros_like(boxes)).reshape(n, -1, 2)  # keeps NaN out of the gradient
+        xy, labels = torch.cat([xy, corners], 1), torch.cat([labels, kinds], 1)
     if prompts.points_xy is not None and prompts.labels is not None:
         xy = torch.cat([xy, prompts.points_xy.to(device)], 1)
         labels = torch.cat([labels, prompts.labels.to(device).long()], 1)

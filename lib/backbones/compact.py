@@ -49,6 +49,8 @@ def build(row: BackboneRow) -> Compact:
 class Compact(SamBackbone):
     """Encoder, prompt encoder and mask decoder behind :class:`lib.contracts.Backbone`."""
 
+    block_channels_first = True
+
     def __init__(self, spec: BackboneSpec, size: CompactSize) -> None:
         super().__init__(spec, _paths(size))
         self.image_encoder = Encoder(size, spec.prompt_width)
@@ -214,8 +216,8 @@ class PromptEncoder(nn.Module):
             kind = torch.where(prompts.labels < 0, 4, prompts.labels)
             parts.append(self._tokens(prompts.points_xy, kind))
         if prompts.boxes_xy is not None:
-            corners = prompts.boxes_xy.view(pairs, 2, 2)
-            kind = torch.tensor([2, 3], device=corners.device).expand(pairs, 2)
+            corners = prompts.boxes_xy.reshape(pairs, -1, 2)
+            kind = torch.tensor([2, 3], device=corners.device).repeat(pairs, corners.shape[1] // 2)
             parts.append(self._tokens(corners, torch.where(corners.isnan().any(-1), 4, kind)))
         if prompts.tokens is not None:
             parts.append(prompts.tokens)
@@ -250,7 +252,7 @@ class PromptEncoder(nn.Module):
                 shown = (prompts.labels == label)[..., None, None] * spots
                 out[:, channel] = shown.amax(1) if shown.shape[1] else out[:, channel]
         if prompts.boxes_xy is not None:
-            out[:, 2] = self._filled(prompts.boxes_xy + 0.5, at)
+            out[:, 2] = self._filled(_last_box(prompts.boxes_xy.reshape(pairs, -1, 4)) + 0.5, at)
         return out
 
     def _spots(self, xy: Tensor, at: Tensor) -> Tensor:
@@ -267,6 +269,14 @@ class PromptEncoder(nn.Module):
         across = torch.sigmoid((at - x0[:, None]) / soft) * torch.sigmoid((x1[:, None] - at) / soft)
         down = torch.sigmoid((at - y0[:, None]) / soft) * torch.sigmoid((y1[:, None] - at) / soft)
         return given[:, None, None] * down[:, :, None] * across[:, None, :]
+
+
+def _last_box(boxes: Tensor) -> Tensor:
+    """``(N, M, 4)`` to ``(N, 4)``: the last box that is given; a learned one comes before the user's."""
+    found = boxes[:, 0]
+    for box in boxes[:, 1:].unbind(1):
+        found = torch.where(box.isnan().any(-1, keepdim=True), found, box)
+    return found
 
 
 class Attention(nn.Module):

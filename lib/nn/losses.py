@@ -76,3 +76,24 @@ def pair_loss(
     obj = F.binary_cross_entropy_with_logits(out.obj[:, 0], present.float())  # type: ignore[index]
     dice = ((2 * iou[:, 0] / (1 + iou[:, 0])) * present).sum() / count
     return loss + 0.2 * obj, dice
+
+
+def focal_loss(logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:
+    """``(N,)`` mean focal loss; ``alpha`` weighs positives and ``1 - alpha`` negatives (METHODS 3.5)."""
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    prob = logits.sigmoid()
+    missed = prob * (1 - target) + (1 - prob) * target
+    weight = alpha * target + (1 - alpha) * (1 - target)
+    return (weight * missed**gamma * entropy).flatten(1).mean(1)
+
+
+def box_loss(boxes: Tensor, target: Tensor) -> Tensor:
+    """``(N,)`` L1 and generalised IoU loss of ``(N, 4)`` boxes x0 y0 x1 y1 in 0..1."""
+    from torchvision.ops import generalized_box_iou_loss  # pretraining runs without torchvision
+
+    return (boxes - target).abs().mean(1) + generalized_box_iou_loss(boxes, target)
+
+
+def present_mean(values: Tensor, present: Tensor) -> Tensor:
+    """Mean over the pairs that count, 0 where none does: never 0/0."""
+    return (values * present).sum() / present.sum().clamp_min(1)

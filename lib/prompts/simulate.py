@@ -13,6 +13,11 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from lib.contracts import PromptSet
+from lib.data.augment import neighbour
+
+MAX_POINTS = 9
+
 
 def next_click(target: np.ndarray, predicted: Optional[np.ndarray] = None) -> Optional[tuple[int, int, bool]]:
     """The click a careful user would make next.
@@ -112,6 +117,42 @@ def error_clicks(target: Tensor, predicted: Tensor, scale: float, rng: torch.Gen
     xy = random_points(core, scale, rng)
     label = torch.where(xy.isnan().any(1), -1, positive.long())
     return torch.nan_to_num(xy)[:, None], label[:, None]
+
+
+def user_prompts(target: Tensor, predicted: Tensor, scale: float, rng: torch.Generator) -> PromptSet:
+    """What a user may add to an automatic result, drawn per pair (METHODS 3.3).
+
+    A box (p 0.5, each edge off by up to 5 % of the side), 1 to 9 points (p 0.5, or where nothing else was drawn), most
+    of them inside an error, and a mask as carried from the neighbouring slice (p 0.3).
+
+    Args:
+        target: ``(N, G, G)`` bool, none empty.
+        predicted: ``(N, G, G)`` bool, the automatic result.
+        scale: backbone pixels per cell.
+        rng: source of randomness.
+    """
+    n, device = len(target), target.device
+    draw = torch.rand(n, 4, generator=rng).to(device)
+    boxed, masked = draw[:, 0] < 0.5, draw[:, 1] < 0.3
+    pointed = (draw[:, 2] < 0.5) | ~(boxed | masked)
+    count = torch.where(pointed, 1 + (draw[:, 3] * MAX_POINTS).long(), 0)
+    boxes = random_boxes(target, scale, 0.05, rng)
+    points, labels = [], []
+    for number in range(int(count.max()) if n else 0):
+        xy, label = error_clicks(target, predicted, scale, rng)
+        elsewhere = torch.rand(n, generator=rng).to(device) < 0.3  # also where nothing was wrong
+        free = (label[:, 0] < 0) | elsewhere
+        xy = torch.where(free[:, None, None], random_points(target, scale, rng)[:, None], xy)
+        label = torch.where(free[:, None], 1, label)
+        points.append(xy)
+        labels.append(torch.where((number < count)[:, None], label, -1))
+    return PromptSet(
+        points_xy=torch.cat(points, 1) if points else None,
+        labels=torch.cat(labels, 1) if labels else None,
+        boxes_xy=torch.where(boxed[:, None], boxes, torch.nan),
+        masks=torch.where(neighbour(target, rng), 6.0, -6.0)[:, None],
+        mask_given=masked,
+    )
 
 
 def _core(masks: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The user's clicks and boxes, sorted by slice and turned into what a backbone embeds."""
+"""The user's clicks, boxes and strokes, sorted by slice and turned into what a backbone embeds."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from lib.contracts import PromptSet
-from lib.data.geometry import box_to_slices, check_inside, to_slice_rc
+from lib.data.geometry import box_to_slices, check_inside, rows_columns, to_slice_rc
 from lib.errors import PromptError
+from lib.prompts.scribble import stroke_points
 from lib.transform import SliceTransform
-from lib.types import Index, UserPrompts
+from lib.types import Index, Stroke, UserPrompts
 
 RowColumnBox = tuple[int, int, int, int]
 
@@ -22,7 +23,7 @@ class SlicePrompts:
     """Prompts on one slice.
 
     Args:
-        points_rc: ``(row, column, positive)`` per click.
+        points_rc: ``(row, column, positive)`` per click, and per point that stands for a stroke.
         box_rc: half-open ``(r0, c0, r1, c1)``.
     """
 
@@ -40,11 +41,17 @@ class SlicePrompts:
         return self.box_rc is None and len(self.points_rc) == 1
 
 
-def by_slice(prompts: UserPrompts, shape: Index, axis: int) -> dict[int, SlicePrompts]:
-    """Prompts per slice index, in order of the index; a box stands on every slice it touches.
+def by_slice(prompts: UserPrompts, shape: Index, axis: int, *, corrections: bool = False) -> dict[int, SlicePrompts]:
+    """Prompts per slice index, in order of the index; a box stands on every slice it touches, a stroke becomes points.
+
+    Args:
+        prompts: everything the user drew for one label.
+        shape: voxels of the volume along i, j, k.
+        axis: the axis across which the volume is cut.
+        corrections: True where a mask without prompts exists that the user corrects; negative prompts alone then do.
 
     Raises:
-        PromptError: for an empty list, a click or box outside the volume, or two boxes on one slice.
+        PromptError: for an empty list, a prompt outside the volume, two boxes on one slice, or negative prompts only.
     """
     if not prompts:
         raise PromptError("Expected at least one positive click or a box; received none. Click on the structure first.")
@@ -59,9 +66,25 @@ def by_slice(prompts: UserPrompts, shape: Index, axis: int) -> dict[int, SlicePr
         touched, box_rc = box_to_slices(box, axis)
         for index in touched:
             _put_box(slices.setdefault(index, SlicePrompts()), box_rc, index)
-    if not any(p.starts for p in slices.values()):
+    for stroke in prompts.strokes:
+        check_inside(tuple(stroke.voxels.min(0).tolist()), shape)
+        check_inside(tuple(stroke.voxels.max(0).tolist()), shape)
+        for index, points in _stroke_by_slice(stroke, axis).items():
+            slices.setdefault(index, SlicePrompts()).points_rc += points
+    if not corrections and not any(p.starts for p in slices.values()):
         raise PromptError("Expected a positive click or a box; received negative clicks only. Click on the structure.")
     return dict(sorted(slices.items()))
+
+
+def _stroke_by_slice(stroke: Stroke, axis: int) -> dict[int, list[tuple[int, int, bool]]]:
+    """The points that stand for a stroke on each slice it touches."""
+    voxels = stroke.voxels[np.argsort(stroke.voxels[:, axis], kind="stable")]
+    indices, starts = np.unique(voxels[:, axis], return_index=True)
+    parts = np.split(voxels[:, rows_columns(axis)], starts[1:])
+    return {
+        index: [(row, column, stroke.positive) for row, column in stroke_points(part).tolist()]
+        for index, part in zip(indices.tolist(), parts)
+    }
 
 
 def _put_box(prompts: SlicePrompts, box_rc: RowColumnBox, index: int) -> None:

@@ -1,0 +1,93 @@
+"""Dice of a learned model on whole volumes, nobody clicking: the number that chooses and gates versions.
+
+A class that is absent from both prediction and truth counts 1 (METHODS 7.6). Slices across each volume's own axis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.contracts import Features
+from lib.data.geometry import put_slice, slice_size
+from lib.data.samples import TrainingCase
+from lib.learned import Answer, Learned, combine
+from lib.train_data import Slice, axis_of
+from lib.transform import SliceTransform
+
+SLICES = 8  # at once
+FeaturesOf = Callable[[Sequence[Slice]], Features]
+
+
+def encoded(model: Learned) -> FeaturesOf:
+    """A function that encodes slices anew."""
+
+    def features(slices: Sequence[Slice]) -> Features:
+        shape = slices[0].classes().shape
+        transform = SliceTransform(model.spec, shape)  # type: ignore[arg-type]
+        x = torch.stack([transform.image(s.pixels()) for s in slices])
+        return model.backbone.encode(x.to(model.backbone.grid_encoding().device), model.method.taps)
+
+    return features
+
+
+def kept(features: FeaturesOf) -> FeaturesOf:
+    """The same function that computes every group of slices once: validation asks for the same ones each epoch."""
+    memory: dict[tuple[str, int], Features] = {}
+
+    def remembered(slices: Sequence[Slice]) -> Features:
+        key = (slices[0].case.case, slices[0].index)
+        if key not in memory:
+            memory[key] = features(slices).to("cpu", torch.float16)
+        found = memory[key]
+        return found.to(found.pe.device, torch.float32)
+
+    return remembered
+
+
+def segmented(model: Learned, case: TrainingCase, features: FeaturesOf) -> np.ndarray:
+    """``(I, J, K)`` uint8 class numbers of one case."""
+    axis = axis_of(case)
+    transform = SliceTransform(model.spec, slice_size(case.volume.shape, axis))
+    out = np.zeros(case.volume.shape, np.uint8, order="F")
+    with torch.inference_mode():
+        for start in range(0, case.volume.shape[axis], SLICES):
+            group = [Slice(case, axis, i) for i in range(start, min(start + SLICES, case.volume.shape[axis]))]
+            for one, labels in zip(group, label_maps(model.autonomous(features(group)), model.classes, transform)):
+                put_slice(out, axis, one.index, labels.numpy())
+    return out
+
+
+def label_maps(answer: Answer, classes: int, transform: SliceTransform) -> Tensor:
+    """``(B, H, W)`` uint8 on the CPU from the answer for ``B * K`` pairs."""
+    logits = transform.logits(answer.masks.unflatten(0, (-1, classes)))
+    return combine(logits, answer.obj.view(-1, classes)).cpu()
+
+
+def case_dice(predicted: np.ndarray, truth: np.ndarray, classes: int) -> list[float]:
+    """Dice of classes 1..K."""
+    from monai.metrics import compute_dice  # seconds to import
+
+    numbers = torch.arange(1, classes + 1)[:, None]
+    pair = [(torch.from_numpy(np.ravel(a, order="K")) == numbers)[None].float() for a in (predicted, np.asfortranarray(truth))]
+    return compute_dice(*pair, include_background=True, ignore_empty=False)[0].tolist()
+
+
+def evaluate(model: Learned, cases: Sequence[TrainingCase], labels: Sequence[str], features: FeaturesOf) -> dict[str, Any]:
+    """``mean_dice``, ``dice`` by label and ``cases`` with Dice by label, for a version's metrics."""
+    model.eval()
+    rows = {c.case: case_dice(segmented(model, c, features), c.target, len(labels)) for c in cases}
+    return summary(rows, labels)
+
+
+def summary(rows: dict[str, list[float]], labels: Sequence[str]) -> dict[str, Any]:
+    """Means of per-case Dice."""
+    table = np.array(list(rows.values())).reshape(-1, len(labels))
+    mean = float(table.mean()) if table.size else math.nan
+    dice = {label: float(table[:, k].mean()) for k, label in enumerate(labels)} if len(table) else {}
+    return {"mean_dice": mean, "dice": dice, "cases": {c: dict(zip(labels, row)) for c, row in rows.items()}}

@@ -1,0 +1,153 @@
+"""Training batches of a learned model: slices of labelled volumes, augmented views, and kept features.
+
+Where the encoder is frozen, features of the original and of augmented views are computed once and reused, half
+precision on the CPU, as many views as fit the memory. Otherwise every step encodes fresh views. A batch is a function
+of (seed, step), so a resumed run sees what it would have seen. Frame: targets on the mask grid ``G = 4h``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.config import TrainRecipe
+from lib.contracts import Features
+from lib.data.geometry import choose_axis, slice_of, slice_view
+from lib.data.samples import TrainingCase, training_slices
+from lib.data.views import augmented
+from lib.data.window import apply_window
+from lib.learned import Learned
+from lib.transform import SliceTransform
+
+logger = logging.getLogger(__name__)
+ENCODE_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One slice of one case."""
+
+    case: TrainingCase
+    axis: int
+    index: int
+
+    def pixels(self) -> np.ndarray:
+        """``(H, W[, 3])`` float in 0..1."""
+        return apply_window(slice_of(self.case.volume, self.axis, self.index), self.case.volume.window)
+
+    def classes(self) -> np.ndarray:
+        """``(H, W)`` uint8."""
+        return slice_view(self.case.target, self.axis, self.index)
+
+
+def all_slices(cases: Sequence[TrainingCase]) -> list[Slice]:
+    """Slices that are trained on, absent classes included, across each volume's own slice axis."""
+    found = []
+    for case in cases:
+        axis = axis_of(case)
+        found += [Slice(case, axis, index) for index in training_slices(case, axis)]
+    return found
+
+
+def axis_of(case: TrainingCase) -> int:
+    """The slice axis, chosen as at inference."""
+    return choose_axis(case.volume.spacing_mm, case.volume.shape, is_2d=case.volume.is_2d)
+
+
+class Batches:
+    """Features and targets of training batches.
+
+    Args:
+        model: asked for features; its encoder is frozen or not.
+        slices: to draw from.
+        recipe: batch, views, memory and seed.
+    """
+
+    def __init__(self, model: Learned, slices: Sequence[Slice], recipe: TrainRecipe) -> None:
+        self.model, self.slices, self.recipe = model, list(slices), recipe
+        self.views = 0 if model.changes_encoder else self._fitting_views()
+        self._kept: list[list[tuple[Features, Tensor]]] = []
+        self._pe = model.backbone.grid_encoding()
+
+    def plan(self) -> str:
+        """A sentence about what is kept, before training starts."""
+        count = len(self.slices)
+        if self.model.changes_encoder:
+            return f"{count} slices; the encoder is trained, so every step encodes {self.recipe.batch} of them."
+        if not self.views:
+            return f"{count} slices; their features do not fit {self.recipe.memory_mb} MB, so every step encodes anew."
+        fewer = "" if self.views == self.recipe.views else f" instead of {self.recipe.views}, which did not fit"
+        size = self._bytes() * count * self.views >> 20
+        return f"{count} slices in {self.views} views{fewer}: {size} of {self.recipe.memory_mb} MB for kept features."
+
+    def prepare(self) -> None:
+        """Computes the features that are kept."""
+        for place in range(len(self.slices) if self.views else 0):
+            self._kept.append([self._halved(*self._encode([(place, view)])) for view in range(self.views)])
+
+    def batch(self, step: int) -> tuple[Features, Tensor]:
+        """Features of B slices and targets ``(B, K, G, G)`` in 0..1."""
+        rng = np.random.default_rng((self.recipe.seed, step))
+        size = min(self.recipe.batch, len(self.slices))
+        places = rng.choice(len(self.slices), size, replace=False)
+        if self._kept:
+            return _joined([self._kept[p][int(rng.integers(self.views))] for p in places], self._pe)
+        seeds = rng.integers(0, 2**31, size)
+        kept = [0 if rng.random() < 1 / max(2, self.recipe.views) else int(s) for s in seeds]  # 0 is the original view
+        return self._encode(list(zip(places.tolist(), kept)))
+
+    def _encode(self, wanted: Sequence[tuple[int, int]]) -> tuple[Features, Tensor]:
+        pairs = [self._view(self.slices[place], view) for place, view in wanted]
+        device = self._pe.device
+        x = torch.stack([image for image, _ in pairs]).to(device)
+        targets = torch.stack([target for _, target in pairs]).to(device)
+        with torch.set_grad_enabled(self.model.changes_encoder and torch.is_grad_enabled()):
+            return self.model.backbone.encode(x, self.model.method.taps), targets
+
+    def _view(self, one: Slice, view: int) -> tuple[Tensor, Tensor]:
+        pixels, classes = one.pixels(), one.classes()
+        if view:
+            seed = np.random.SeedSequence((self.recipe.seed, one.index, view)).generate_state(1)[0]
+            pixels, classes = augmented(pixels, classes, int(seed), intensity=True)
+        transform = SliceTransform(self.model.spec, classes.shape)  # type: ignore[arg-type]
+        return transform.image(pixels), targets(classes, self.model.classes, transform)
+
+    def _fitting_views(self) -> int:
+        self._pe = self.model.backbone.grid_encoding()
+        budget = (self.recipe.memory_mb << 20) // max(1, len(self.slices))
+        return min(self.recipe.views, budget // self._bytes())
+
+    def _bytes(self) -> int:
+        """Of one slice's kept features and target, by the spec."""
+        spec, taps = self.model.spec, self.model.method.taps
+        cells, numbers = spec.grid**2, spec.prompt_width * spec.grid**2
+        if spec.has_high_res:
+            numbers += cells * 4 * (spec.prompt_width // 4) + cells * 16 * (spec.prompt_width // 8)
+        numbers += sum(c * (spec.input_size // stride) ** 2 for name, stride, c in spec.pyramid if name in taps)
+        return 2 * (numbers + self.model.classes * spec.mask_size**2)
+
+    @staticmethod
+    def _halved(features: Features, target: Tensor) -> tuple[Features, Tensor]:
+        return features.to("cpu", torch.float16), target.to("cpu", torch.float16)
+
+
+def targets(classes: np.ndarray, count: int, transform: SliceTransform) -> Tensor:
+    """``(H, W)`` class numbers to ``(K, G, G)`` shares of every cell in 0..1."""
+    present = torch.from_numpy(np.ascontiguousarray(classes)) == torch.arange(1, count + 1)[:, None, None]
+    return transform.coverage(present[:, None].float())[:, 0]
+
+
+def _joined(parts: Sequence[tuple[Features, Tensor]], pe: Tensor) -> tuple[Features, Tensor]:
+    def cat(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(tensors)).to(pe.device, torch.float32)
+
+    features = [f for f, _ in parts]
+    first = features[0]
+    high = None if first.high_res is None else tuple(cat([f.high_res[i] for f in features]) for i in (0, 1))  # type: ignore[index]
+    taps = {name: cat([f.taps[name] for f in features]) for name in first.taps}
+    return Features(cat([f.embed for f in features]), pe, high, taps), cat([t for _, t in parts])  # type: ignore[arg-type]
