@@ -108,7 +108,7 @@ class EmbeddingKey:
         index: slice number.
         window: ``Window.key()``.
         weights_id: digest of the backbone's tensors.
-        backbone: its name and input side.
+        backbone: its name, input side and taps.
     """
 
     content_hash: str
@@ -125,6 +125,7 @@ class EmbeddingKey:
 
 
 Tensors = dict[str, Tensor]
+TAP = "tap."
 
 
 class EmbeddingCache:
@@ -180,7 +181,8 @@ class EmbeddingCache:
         with self._count_lock:
             self._counts[source] += int(counted)
         high = (tensors["s0"], tensors["s1"]) if "s0" in tensors else None
-        return Features(tensors["embed"], pe, high), source
+        taps = {name[len(TAP) :]: tensor for name, tensor in tensors.items() if name.startswith(TAP)}
+        return Features(tensors["embed"], pe, high, taps), source
 
     def __contains__(self, key: EmbeddingKey) -> bool:
         """Whether the memory tier holds it."""
@@ -203,6 +205,7 @@ def _halved(features: Features) -> Tensors:
     named = {"embed": features.embed}
     if features.high_res is not None:
         named |= {"s0": features.high_res[0], "s1": features.high_res[1]}
+    named |= {TAP + name: tensor for name, tensor in features.taps.items()}
     return {name: tensor.to("cpu", torch.float16).contiguous() for name, tensor in named.items()}
 
 

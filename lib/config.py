@@ -6,6 +6,7 @@ Unknown keys are errors that name the nearest valid spelling. Environment variab
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 import types as pytypes
 from collections.abc import Mapping
@@ -141,8 +142,8 @@ class TrainRecipe:
     """How a method is trained.
 
     Args:
-        preset: ``frozen``, ``adapters``, ``full``, or ``auto``: ``full`` for ``compact``, else ``adapters`` on a GPU and
-            ``frozen`` without.
+        preset: ``frozen``, ``adapters``, ``full``, or ``auto``: ``full`` for ``compact``, else ``adapters`` on a GPU,
+            ``frozen`` without one.
         loss: name of a loss preset of the method.
         epochs: at most; early stopping ends sooner.
         steps: optimiser steps per epoch; 0 takes as many as the slices fill batches, at least 20.
@@ -157,7 +158,7 @@ class TrainRecipe:
     """
 
     preset: str = "auto"
-    loss: str = "sam2rad"
+    loss: str = "plain"
     epochs: int = 30
     steps: int = 0
     batch: int = 8
@@ -168,6 +169,32 @@ class TrainRecipe:
     patience: int = 10
     memory_mb: int = 4096
     seed: int = 1
+
+
+def override(recipe: TrainRecipe, request: Mapping[str, Any]) -> TrainRecipe:
+    """The recipe with what a train request sets; other keys of the request are not ours.
+
+    Raises:
+        ConfigError: for a value that is not of its setting's kind, or not above 0 where it must be.
+    """
+    changed: dict[str, Any] = {}
+    for key, hint in get_type_hints(TrainRecipe).items():
+        value = request.get(key)
+        value = value[0] if isinstance(value, (list, tuple)) and value else value
+        if value in (None, ""):
+            continue
+        try:
+            changed[key] = hint(str(value).strip())
+        except ValueError:
+            raise ConfigError(f"{key}: expected {KINDS[hint]}, received {value!r}.") from None
+    found = dataclasses.replace(recipe, **changed)
+    for key in ("epochs", "batch", "lr", "backbone_lr", "patience"):
+        if not getattr(found, key) > 0:
+            raise ConfigError(f"{key}: expected a number above 0, received {getattr(found, key)}.")
+    return found
+
+
+KINDS = {int: "a whole number", float: "a number", str: "text"}
 
 
 @dataclass(frozen=True)
@@ -216,7 +243,11 @@ class AppSettings:
 
     Args:
         backbone: name of a file in ``configs/backbones``.
-        labels: names that clients offer for new segments; requests may use any other.
+        labels: names that clients offer for new segments and that training learns; empty: ``object`` is offered, and
+            training takes what the saved labels declare.
+        models: learned methods that are offered, names of files in ``configs/methods``.
+        state_dir: folder of trained versions; None means ``.autosam`` inside the studies, or for a DICOMweb address a
+            folder of its own in the user's data folder.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``mps``, ``cuda`` or ``cuda:N``.
         weights_dir: folder of checkpoints; None means the user's data folder.
         download: False forbids every download.
@@ -230,6 +261,8 @@ class AppSettings:
 
     backbone: str
     labels: tuple[str, ...]
+    models: tuple[str, ...]
+    state_dir: Optional[Path]
     device: str
     weights_dir: Optional[Path]
     download: bool
@@ -260,17 +293,33 @@ class AppSettings:
                 raise ConfigError(f"--conf: unknown key {key!r}; valid keys are {sorted(hints)}.{near}")
             values[key] = _from_text(hints[key], str(text).strip(), f"--conf {key}")
         values["cache_dir"] = Path(values["cache_dir"] or _user_cache()).expanduser().absolute()
-        values["weights_dir"] = Path(values["weights_dir"]).expanduser().absolute() if values["weights_dir"] else None
+        for key in ("weights_dir", "state_dir"):
+            values[key] = Path(values[key]).expanduser().absolute() if values[key] else None
         settings = from_mapping(cls, values, "app.yaml")
         settings._check()
         return settings
+
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """Names that clients offer for new segments."""
+        return self.labels or ("object",)
+
+    def versions_dir(self, studies: str) -> Path:
+        """Folder of trained versions: with the studies, so that another study set cannot be answered with them."""
+        if self.state_dir is not None:
+            return self.state_dir
+        if "://" not in studies:
+            return Path(studies).expanduser().absolute() / ".autosam"
+        return _user_data() / f"state-{hashlib.sha256(studies.encode()).hexdigest()[:12]}"
 
     def _check(self) -> None:
         backbone_row(self.backbone)
         if not _DEVICE.fullmatch(self.device):
             raise ConfigError(f"device: expected auto, cpu, mps, cuda or cuda:N, received {self.device!r}.")
-        if not self.labels or not all(self.labels):
-            raise ConfigError(f"labels: expected at least one name, separated by commas, received {self.labels!r}.")
+        for model in self.models:
+            method_row(model)
+        if not all(self.labels) or len(set(self.labels)) < len(self.labels):
+            raise ConfigError(f"labels: expected different names, separated by commas, received {self.labels!r}.")
         for name, least in (
             ("cache_memory_mb", 1),
             ("cache_disk_mb", 0),
@@ -285,6 +334,12 @@ def _user_cache() -> Path:
     import platformdirs
 
     return platformdirs.user_cache_path("autosam_label", appauthor=False)
+
+
+def _user_data() -> Path:
+    import platformdirs
+
+    return platformdirs.user_data_path("autosam_label", appauthor=False)
 
 
 def _from_text(hint: Any, text: str, where: str) -> Any:

@@ -6,7 +6,7 @@ Tensor frame: ``_xy`` are pixels of the backbone's square input of side ``S``; p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Optional, Protocol, runtime_checkable
 
@@ -94,6 +94,24 @@ class Features:
         high = None if self.high_res is None else tuple(t.to(*args) for t in self.high_res)  # type: ignore[call-overload]
         taps = {k: v.to(*args) for k, v in self.taps.items()}  # type: ignore[call-overload]
         return replace(self, embed=self.embed.to(*args), pe=self.pe.to(*args), high_res=high, taps=taps)  # type: ignore
+
+    def row(self, n: int) -> Features:
+        """One image of the batch."""
+        high = None if self.high_res is None else tuple(t[n : n + 1] for t in self.high_res)
+        taps = {name: t[n : n + 1] for name, t in self.taps.items()}
+        return Features(self.embed[n : n + 1], self.pe, high, taps)  # type: ignore[arg-type]
+
+    @staticmethod
+    def joined(parts: Sequence[Features]) -> Features:
+        """Several batches as one."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        high = None
+        if first.high_res is not None:
+            high = tuple(torch.cat([p.high_res[n] for p in parts]) for n in (0, 1))  # type: ignore[index]
+        taps = {name: torch.cat([p.taps[name] for p in parts]) for name in first.taps}
+        return Features(torch.cat([p.embed for p in parts]), first.pe, high, taps)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -161,22 +161,54 @@ class Engine:
             total = time.perf_counter() - started
         return replace(prediction, latencies_s={**job.seconds, "segment": total})
 
-    def features(self, volume: Volume, axis: int, index: int) -> tuple[Features, str]:
-        """Half precision CPU features of one slice, and where they came from (see :class:`EmbeddingCache`)."""
-        backbone, key = self.warm(), self._key(volume, axis, index)
-        counted = not self._gate.is_background()
-        return self._cache.get(key, lambda: self._encode(backbone, volume, axis, index), self._pe, counted=counted)
+    def features(
+        self, volume: Volume, axis: int, index: int, backbone: Optional[Backbone] = None, taps: tuple[str, ...] = ()
+    ) -> tuple[Features, str]:
+        """Half precision CPU features of one slice, and where they came from (see :class:`EmbeddingCache`).
 
-    def _key(self, volume: Volume, axis: int, index: int) -> EmbeddingKey:
-        backbone = self.warm()
-        name = f"{backbone.spec.name}:{backbone.spec.input_size}"
+        Args:
+            volume: from :meth:`open`.
+            axis: slice axis.
+            index: slice number.
+            backbone: another one than the engine's own: the adapted copy of a learned model.
+            taps: maps that a learned method needs.
+        """
+        backbone = backbone or self.warm()
+        key = self._key(volume, axis, index, backbone, taps)
+        counted = not self._gate.is_background()
+
+        def encode() -> Features:
+            return self._encode(backbone, volume, axis, [index], taps)
+
+        return self._cache.get(key, encode, self._pe, counted=counted)
+
+    def stack(
+        self, volume: Volume, axis: int, indices: Sequence[int], backbone: Backbone, taps: tuple[str, ...] = ()
+    ) -> tuple[Features, Counter[str]]:
+        """Features of several slices as one batch, and where they came from; missing ones are encoded together."""
+        keys = {i: self._key(volume, axis, i, backbone, taps) for i in indices}
+        missing = [i for i in indices if keys[i] not in self._cache]
+        if len(missing) > 1 and self.device().type != "cpu":  # on CPUs a batch is no faster than its slices
+            together = self._encode(backbone, volume, axis, missing, taps)
+            for n, i in enumerate(missing):
+                self._cache.get(keys[i], partial(together.row, n), self._pe)
+        found = [self.features(volume, axis, i, backbone, taps) for i in indices]
+        return Features.joined([f for f, _ in found]), Counter(source for _, source in found)
+
+    def _key(
+        self, volume: Volume, axis: int, index: int, backbone: Optional[Backbone] = None, taps: tuple[str, ...] = ()
+    ) -> EmbeddingKey:
+        backbone = backbone or self.warm()
+        name = ":".join([backbone.spec.name, str(backbone.spec.input_size), *taps])
         return EmbeddingKey(volume.content_hash, axis, index, volume.window.key(), backbone.weights_id, name)
 
-    def _encode(self, backbone: Backbone, volume: Volume, axis: int, index: int) -> Features:
-        pixels = apply_window(slice_of(volume, axis, index), volume.window)
-        x = SliceTransform(backbone.spec, pixels.shape[:2]).image(pixels)  # type: ignore[arg-type]
+    def _encode(
+        self, backbone: Backbone, volume: Volume, axis: int, indices: Sequence[int], taps: tuple[str, ...]
+    ) -> Features:
+        slices = [apply_window(slice_of(volume, axis, i), volume.window) for i in indices]
+        transform = SliceTransform(backbone.spec, slices[0].shape[:2])  # type: ignore[arg-type]
         with torch.inference_mode():
-            return backbone.encode(x[None].to(self.device()))
+            return backbone.encode(torch.stack([transform.image(p) for p in slices]).to(self.device()), taps)
 
     def _prefetch(self, job: _Job) -> None:
         """Queues the neighbours of the prompted slices that are not in memory, nearest first.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -74,15 +74,32 @@ def case_dice(predicted: np.ndarray, truth: np.ndarray, classes: int) -> list[fl
     from monai.metrics import compute_dice  # seconds to import
 
     numbers = torch.arange(1, classes + 1)[:, None]
-    pair = [(torch.from_numpy(np.ravel(a, order="K")) == numbers)[None].float() for a in (predicted, np.asfortranarray(truth))]
-    return compute_dice(*pair, include_background=True, ignore_empty=False)[0].tolist()
+    flat = (torch.from_numpy(np.ravel(np.asfortranarray(a), order="K")) for a in (predicted, truth))
+    found, true = ((voxels == numbers)[None].float() for voxels in flat)  # (1, K, voxels)
+    return compute_dice(found, true, include_background=True, ignore_empty=False)[0].tolist()
 
 
-def evaluate(model: Learned, cases: Sequence[TrainingCase], labels: Sequence[str], features: FeaturesOf) -> dict[str, Any]:
-    """``mean_dice``, ``dice`` by label and ``cases`` with Dice by label, for a version's metrics."""
-    model.eval()
-    rows = {c.case: case_dice(segmented(model, c, features), c.target, len(labels)) for c in cases}
-    return summary(rows, labels)
+def evaluate(
+    model: Learned,
+    cases: Sequence[TrainingCase],
+    labels: Sequence[str],
+    features: FeaturesOf,
+    own: Optional[Sequence[str]] = None,
+) -> dict[str, Any]:
+    """``mean_dice``, ``dice`` by label and ``cases`` with Dice by label, for a version's metrics.
+
+    Args:
+        model: in eval mode.
+        cases: whose targets number ``labels`` from 1.
+        labels: that count.
+        features: see :func:`encoded`.
+        own: the model's labels where they are not ``labels``; one that it does not know it leaves empty.
+    """
+    table = np.zeros(256, np.uint8)
+    for number, label in enumerate(own or labels, start=1):
+        table[number] = labels.index(label) + 1 if label in labels else 0
+    found = {c.case: case_dice(table[segmented(model, c, features)], c.target, len(labels)) for c in cases}
+    return summary(found, labels)
 
 
 def summary(rows: dict[str, list[float]], labels: Sequence[str]) -> dict[str, Any]:

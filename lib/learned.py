@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.config import MethodRow, from_mapping
-from lib.contracts import Backbone, DecoderOut, Features, Proposal, PromptSet
+from lib.contracts import Backbone, DecoderOut, Features, PromptSet, Proposal
 from lib.decoder import decode
 from lib.errors import ConfigError, WeightsError
 from lib.nn.adapters import clone, inject, unshare
@@ -98,7 +98,9 @@ class Learned(nn.Module):
             named = [(n, p) for n, p in part.named_parameters() if p.requires_grad]
             plain = [p for n, p in named if p.ndim <= 1 or "queries" in n]
             ids = {id(p) for p in plain}
-            found.append({"params": [p for _, p in named if id(p) not in ids], "lr": rate, "weight_decay": weight_decay})
+            found.append(
+                {"params": [p for _, p in named if id(p) not in ids], "lr": rate, "weight_decay": weight_decay}
+            )
             found.append({"params": plain, "lr": rate, "weight_decay": 0.0})
         return [g for g in found if g["params"]]
 
@@ -116,7 +118,9 @@ class Learned(nn.Module):
             WeightsError: if keys or shapes differ.
         """
         expected = {n: t.shape for n, t in self.trained().items()}
-        wrong = sorted(n for n in expected.keys() | tensors.keys() if expected.get(n) != getattr(tensors.get(n), "shape", None))
+        wrong = sorted(
+            n for n in expected.keys() | tensors.keys() if expected.get(n) != getattr(tensors.get(n), "shape", None)
+        )
         if wrong:
             raise WeightsError(
                 f"The trained tensors do not fit the preset {self.preset} on {self.spec.name}; "
@@ -172,4 +176,3 @@ def combine(masks: Tensor, obj: Tensor) -> Tensor:
     gated = masks.masked_fill((obj < 0)[..., None, None], -torch.inf)
     best, label = gated.max(1)
     return torch.where(best > 0, label + 1, 0).to(torch.uint8)
-

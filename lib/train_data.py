@@ -96,7 +96,9 @@ class Batches:
         size = min(self.recipe.batch, len(self.slices))
         places = rng.choice(len(self.slices), size, replace=False)
         if self._kept:
-            return _joined([self._kept[p][int(rng.integers(self.views))] for p in places], self._pe)
+            chosen = [self._kept[p][int(rng.integers(self.views))] for p in places]
+            features = Features.joined([f for f, _ in chosen]).to(self._pe.device, torch.float32)
+            return features, torch.cat([t for _, t in chosen]).to(self._pe.device, torch.float32)
         seeds = rng.integers(0, 2**31, size)
         kept = [0 if rng.random() < 1 / max(2, self.recipe.views) else int(s) for s in seeds]  # 0 is the original view
         return self._encode(list(zip(places.tolist(), kept)))
@@ -140,14 +142,3 @@ def targets(classes: np.ndarray, count: int, transform: SliceTransform) -> Tenso
     """``(H, W)`` class numbers to ``(K, G, G)`` shares of every cell in 0..1."""
     present = torch.from_numpy(np.ascontiguousarray(classes)) == torch.arange(1, count + 1)[:, None, None]
     return transform.coverage(present[:, None].float())[:, 0]
-
-
-def _joined(parts: Sequence[tuple[Features, Tensor]], pe: Tensor) -> tuple[Features, Tensor]:
-    def cat(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(tensors)).to(pe.device, torch.float32)
-
-    features = [f for f, _ in parts]
-    first = features[0]
-    high = None if first.high_res is None else tuple(cat([f.high_res[i] for f in features]) for i in (0, 1))  # type: ignore[index]
-    taps = {name: cat([f.taps[name] for f in features]) for name in first.taps}
-    return Features(cat([f.embed for f in features]), pe, high, taps), cat([t for _, t in parts])  # type: ignore[arg-type]

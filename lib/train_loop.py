@@ -62,7 +62,9 @@ class Run:
         return self.recipe.steps or max(LEAST_STEPS, math.ceil(len(self.batches.slices) / self.recipe.batch))
 
 
-def step_loss(model: Learned, features: Features, target: Tensor, preset: str, seed: int) -> tuple[Tensor, dict[str, float]]:
+def step_loss(
+    model: Learned, features: Features, target: Tensor, preset: str, seed: int
+) -> tuple[Tensor, dict[str, float]]:
     """Loss of one batch: the autonomous call, and one with simulated user prompts on the pairs that are present.
 
     Args:
@@ -76,7 +78,7 @@ def step_loss(model: Learned, features: Features, target: Tensor, preset: str, s
     index = torch.arange(images, device=target.device).repeat_interleave(classes)
     flat = target.flatten(0, 1)
     proposal = model.propose(features)
-    out, answer = model.decode(features, proposal, PromptSet(), index)
+    _, answer = model.decode(features, proposal, PromptSet(), index)
     parts = model.losses(preset, answer, proposal, flat, model.spec)
     rng = torch.Generator().manual_seed(seed)
     hard = flat > 0.5
@@ -86,7 +88,9 @@ def step_loss(model: Learned, features: Features, target: Tensor, preset: str, s
         user = user_prompts(hard[present], answer.masks.detach()[present] > 0, scale, rng)
         learned = None if float(torch.rand(1, generator=rng)) < ALONE else rows(proposal, present)
         _, assisted = model.decode(features, learned, user, index[present])
-        parts["assisted"] = 0.5 * (dice_loss(assisted.masks, flat[present]) + area_bce(assisted.masks, flat[present])).mean()
+        parts["assisted"] = (
+            0.5 * (dice_loss(assisted.masks, flat[present]) + area_bce(assisted.masks, flat[present])).mean()
+        )
     if model.preset != "frozen":  # a head that is not trained cannot follow
         parts["quality"] = F.mse_loss(answer.iou, soft_iou(answer.masks.detach(), flat))
     total = torch.stack(list(parts.values())).sum()
@@ -138,21 +142,32 @@ class _Session:
 
         run, recipe = self.run, self.run.recipe
         board = str(run.folder / "tensorboard")
+        per_epoch = TensorBoardStatsHandler(
+            log_dir=board, iteration_log=False, global_epoch_transform=lambda _: self.trainer.state.epoch
+        )
+        per_step = TensorBoardStatsHandler(
+            log_dir=board, tag_name="loss", output_transform=lambda out: out["loss"], epoch_log=False
+        )
         self.evaluator = Evaluator(
-            device=self.device, val_data_loader=list(run.validation), iteration_update=self._validate,  # type: ignore[arg-type]
+            device=self.device,
+            val_data_loader=list(run.validation),
+            iteration_update=self._validate,
             key_val_metric={"val_mean_dice": Average(output_transform=lambda row: sum(row) / len(row))},
-            val_handlers=[TensorBoardStatsHandler(log_dir=board, iteration_log=False, global_epoch_transform=lambda _: self.trainer.state.epoch)],
+            val_handlers=[per_epoch],
             decollate=False,
-        )  # fmt: skip
+        )
         self.trainer = SupervisedTrainer(
-            device=self.device, max_epochs=recipe.epochs, train_data_loader=_Endless(), epoch_length=run.steps,
-            network=run.model, optimizer=self.optimiser, loss_function=lambda *_: None, iteration_update=self._step,
+            device=self.device,
+            max_epochs=recipe.epochs,
+            train_data_loader=_Endless(),
+            epoch_length=run.steps,
+            network=run.model,
+            optimizer=self.optimiser,
+            loss_function=lambda *_: None,
+            iteration_update=self._step,
             decollate=False,
-            train_handlers=[
-                ValidationHandler(1, self.evaluator),
-                TensorBoardStatsHandler(log_dir=board, tag_name="loss", output_transform=lambda out: out["loss"], epoch_log=False),
-            ],
-        )  # fmt: skip
+            train_handlers=[ValidationHandler(1, self.evaluator), per_step],
+        )
         self.stopper = EarlyStopping(recipe.patience, lambda e: e.state.metrics["val_mean_dice"], self.trainer)
         self.evaluator.add_event_handler(Events.STARTED, lambda: self._start_validation())
         self.evaluator.add_event_handler(Events.COMPLETED, lambda: self._end_validation())
@@ -282,7 +297,7 @@ def read_best(folder: Path) -> dict[str, Any]:
 
     if not (folder / BEST).exists():
         return {}
-    with safe_open(folder / BEST, "pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(folder / BEST, "pt") as file:
         return json.loads(file.metadata()["best"])
 
 

@@ -92,7 +92,7 @@ class SliceTransform:
         return self._to_grid(native, -20.0)
 
     def coverage(self, native: Tensor) -> Tensor:
-        """``(N, 1, H, W)`` masks to ``(N, 1, 4h, 4w)``: the share of every cell that a mask covers, 0 in the padding."""
+        """``(N, 1, H, W)`` masks to ``(N, 1, 4h, 4w)``: the share of each cell that is covered, 0 in the padding."""
         return self._to_grid(native, 0.0).clamp(0, 1)
 
     def _to_grid(self, native: Tensor, outside: float) -> Tensor:

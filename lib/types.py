@@ -187,3 +187,34 @@ class Prediction:
     cache: dict[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     window: Optional[Window] = None
+
+
+@dataclass(frozen=True)
+class LabelPrediction:
+    """A segmentation of several labels on the volume's own grid.
+
+    Args:
+        mask: ``(I, J, K)`` uint8: 0, or place in ``labels`` from 1.
+        labels: names.
+        axis: the slice axis used (0, 1 or 2).
+        quality: predicted IoU in 0..1 by label and slice index, where the label was found.
+        presence: probability in 0..1 that the label is on the slice, by label and slice index.
+        edited: slice indices by label that the user's prompts changed.
+        version: name of the version that answered, or None for plain SAM.
+        latencies_s: seconds per stage.
+        cache: hits and misses of this request.
+        warnings: sentences for the user.
+        window: intensities used.
+    """
+
+    mask: np.ndarray
+    labels: tuple[str, ...]
+    axis: int
+    quality: dict[str, dict[int, float]] = field(default_factory=dict)
+    presence: dict[str, dict[int, float]] = field(default_factory=dict)
+    edited: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    version: Optional[str] = None
+    latencies_s: dict[str, float] = field(default_factory=dict)
+    cache: dict[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    window: Optional[Window] = None

@@ -18,6 +18,7 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelError, MONAILabelException
 from monailabel.interfaces.tasks.infer_v2 import InferTask
 from monailabel.interfaces.tasks.strategy import Strategy
+from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
 
@@ -29,8 +30,12 @@ for _name in [m for m in sys.modules if m.split(".")[0] in OURS]:
     del sys.modules[_name]
 
 from infers.interactive import SamTask
-from lib.config import AppSettings
+from infers.learned import LearnedTask
+from lib.assisted import AssistedEngine
+from lib.config import AppSettings, method_row
 from lib.engine import Engine
+from lib.versions import open_store
+from trainers.adapt import AdaptTask
 
 
 class AutoSamLabel(MONAILabelApp):
@@ -48,19 +53,31 @@ class AutoSamLabel(MONAILabelApp):
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         self.settings = AppSettings.from_conf(conf)
         self.engine = Engine(self.settings)
+        self.versions_dir = self.settings.versions_dir(studies)
         super().__init__(
             app_dir=app_dir,
             studies=studies,
             conf=conf,
             name="autosam_label",
-            description="Segmentation with SAM-family models from clicks and boxes",
-            version="0.1",
+            description="Segmentation with SAM-family models: clicks, boxes, and prompts learned from your labels",
+            version="0.2",
         )
 
     def init_infers(self) -> dict[str, InferTask]:
         """The tasks by the names that clients show."""
-        labels = self.settings.labels
-        return {"sam": SamTask(self.engine, labels, 3), "sam_2d": SamTask(self.engine, labels, 2)}
+        labels = self.settings.offered
+        tasks: dict[str, InferTask] = {
+            "sam": SamTask(self.engine, labels, 3),
+            "sam_2d": SamTask(self.engine, labels, 2),
+        }
+        for name in self.settings.models:
+            assisted = AssistedEngine(self.engine, method_row(name), open_store(self.versions_dir, name), labels)
+            tasks |= {name: LearnedTask(assisted, edit=False), f"{name}_edit": LearnedTask(assisted, edit=True)}
+        return tasks
+
+    def init_trainers(self) -> dict[str, TrainTask]:
+        """One per learned method, under the same name as its autonomous task."""
+        return {n: AdaptTask(method_row(n), self.settings, self.versions_dir) for n in self.settings.models}
 
     def init_strategies(self) -> dict[str, Strategy]:
         """Upstream's two simple ways to choose the next image."""

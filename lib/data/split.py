@@ -59,8 +59,12 @@ class PinnedSplit:
                 f" received {len(given)}. Label a case of another patient."
             )
         stored = self._read()
-        parts = {p: stored.get(p) or ("val" if _fraction(p) < self.val else "train") for p in given}
         new = [p for p in given if p not in stored]
+        parts = {p: stored[p] for p in given if p in stored}
+        most = max(1, round(1.5 * self.val * len(given)))  # or five labels could be four to validate and one to learn
+        for patient in new:
+            free = sum(part == "val" for part in parts.values()) < most
+            parts[patient] = "val" if _fraction(patient) < self.val and free else "train"
         if new and "val" not in parts.values():
             parts[new[0]] = "val"
         elif new and "train" not in parts.values():

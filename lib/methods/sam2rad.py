@@ -8,6 +8,7 @@ Frame: boxes in 0..1 of the backbone's input, x right, y down. No state between 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -19,12 +20,18 @@ from torch.utils.checkpoint import checkpoint
 from lib.contracts import BackboneSpec, Features, Hooks, PromptSet, Proposal
 from lib.errors import ConfigError
 from lib.nn.adapters import Injector, bottleneck, lora
-from lib.nn.losses import area_bce, box_loss, dice_loss, focal_loss, present_mean
+from lib.nn.losses import area_bce, balanced_bce, box_loss, dice_loss, focal_loss, present_mean
 
 BOX_TOKENS = 2
 HEADS = 8
 # trained as a whole beside LoRA (METHODS 3.2)
-DECODER_PARTS = ("mask_tokens", "output_upscaling", "output_hypernetworks_mlps", "obj_score_token", "pred_obj_score_head")
+DECODER_PARTS = (
+    "mask_tokens",
+    "output_upscaling",
+    "output_hypernetworks_mlps",
+    "obj_score_token",
+    "pred_obj_score_head",
+)
 
 
 @dataclass(frozen=True)
@@ -73,11 +80,15 @@ class Sam2Rad(nn.Module):
         self.config, self.spec, self.classes = config, spec, config.classes
         names = [name for name, _, _ in finer_maps(spec)] if config.form == "high_res" else []
         self.taps = tuple(name for name in names[: config.max_level] if not name.startswith("high_res"))
-        self.queries = nn.Parameter(torch.randn(config.classes, config.tokens, spec.prompt_width) / spec.prompt_width**0.5)
+        self.queries = nn.Parameter(
+            torch.randn(config.classes, config.tokens, spec.prompt_width) / spec.prompt_width**0.5
+        )
         self.predictor = PromptPredictor(config, spec)
         width = spec.prompt_width
         # SAM 1 has no objectness: a head on the post-transformer IoU token leaves the frozen decoder as it is
-        self.obj_head = None if spec.has_obj_score else nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+        self.obj_head = (
+            None if spec.has_obj_score else nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+        )
 
     def propose(self, features: Features) -> Proposal:
         """Prompts of all classes for B images."""
@@ -100,6 +111,8 @@ class PromptPredictor(nn.Module):
         self.blocks = nn.ModuleList(TwoWayBlock(width) for _ in range(1 + len(levels)))
         self.project = nn.ModuleList(nn.Conv2d(channels, width, 1) for _, _, channels in levels)
         self.box_head = nn.Sequential(nn.Linear(BOX_TOKENS * width, width), nn.ReLU(), nn.Linear(width, 4))
+        with torch.no_grad():  # the first boxes are the middle half of the image, not its lower right quarter
+            self.box_head[2].bias.copy_(torch.tensor([-math.log(3.0), -math.log(3.0), 0.0, 0.0]))  # type: ignore[operator]
         self.mask_head = _mask_head(width)
         self.mask_size = spec.mask_size
 
@@ -224,7 +237,8 @@ def losses(preset: str, answer: Any, proposal: Proposal, target: Tensor, spec: B
     """Weighted parts of the loss of N pairs (METHODS 3.5).
 
     Args:
-        preset: ``sam2rad`` (Dice and focal) or ``plain`` (Dice and cross entropy scaled by the object's area).
+        preset: ``sam2rad`` (Dice and focal) or ``plain``: Dice and cross entropy scaled by the object's area, and
+            class-balanced cross entropy on the interim mask, which leaves the empty mask within a few steps.
         answer: masks ``(N, 4h, 4w)`` and objectness of the decoder call.
         proposal: of the same pairs.
         target: ``(N, 4h, 4w)`` in 0..1.
@@ -233,20 +247,27 @@ def losses(preset: str, answer: Any, proposal: Proposal, target: Tensor, spec: B
     cell = (spec.input_size / spec.mask_size) ** 2
     area = target.flatten(1).sum(1)
     counted = (area * cell > 10).float()  # a class of a few pixels teaches objectness only
-    if preset == "sam2rad":
-        mask = 0.5 * (dice_loss(answer.masks, target) + 10 * focal_loss(answer.masks, target, 0.7, 3.0))
-    else:
-        mask = dice_loss(answer.masks, target) + area_bce(answer.masks, target)
+    if preset not in LOSSES:
+        raise ConfigError(f"loss: expected one of {list(LOSSES)}, received {preset!r}.")
+    mask_loss, interim_loss = LOSSES[preset]
     smooth = 0.05 + 0.9 * (area > 0).float()
     parts = {
-        "mask": present_mean(mask, counted),
+        "mask": present_mean(mask_loss(answer.masks, target), counted),
         "objectness": F.binary_cross_entropy_with_logits(answer.obj.clamp(-10, 10), smooth),
     }
     if proposal.boxes is not None and proposal.masks is not None:
         parts["box"] = present_mean(box_loss(proposal.boxes, _true_boxes(target)), counted)
-        interim = proposal.masks[:, 0].float()
-        parts["interim"] = 100 * present_mean(focal_loss(interim, target, 0.6, 3.0), counted)
+        parts["interim"] = present_mean(interim_loss(proposal.masks[:, 0].float(), target), counted)
     return parts
+
+
+LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "sam2rad": (
+        lambda x, y: 0.5 * (dice_loss(x, y) + 10 * focal_loss(x, y, 0.7, 3.0)),
+        lambda x, y: 100 * focal_loss(x, y, 0.6, 3.0),
+    ),
+    "plain": (lambda x, y: dice_loss(x, y) + area_bce(x, y), lambda x, y: dice_loss(x, y) + balanced_bce(x, y)),
+}
 
 
 def _true_boxes(target: Tensor) -> Tensor:

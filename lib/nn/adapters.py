@@ -8,9 +8,9 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class BottleneckBefore(nn.Module):
         return self.block(x + (change.permute(0, 3, 1, 2) if self.channels_first else change))
 
 
-Wrap = Callable[[nn.Module, Any], nn.Module]
+Wrap = Callable[[Any, Any], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def bottleneck(pattern: str, backbone: Any, width: int = 64) -> list[Injector]:
 
 
 def clone(backbone: Backbone) -> Any:
-    """A copy whose modules are its own and whose tensors are shared, so that a copy of a large encoder costs nothing."""
+    """A copy with modules of its own and shared tensors, so that a copy of a large encoder costs nothing."""
     shared = [*backbone.parameters(), *backbone.buffers()]  # type: ignore[attr-defined]
     return copy.deepcopy(backbone, {id(t): t for t in shared})
 

@@ -1,0 +1,132 @@
+"""What all infer tasks share: thread-safe call, error translation, label file and plain JSON.
+
+Errors of ``lib`` become the server's exception here and nowhere else. Nothing about images or requests is logged.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional, Union
+
+import numpy as np
+from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
+from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
+
+from infers.request import ReplyFormat
+from lib.data.write import write_mask
+from lib.engine import Engine
+from lib.errors import AppError, PromptError, VolumeError
+from lib.types import LabelPrediction, Prediction, Volume
+
+
+class EngineTask(InferTask):
+    """A task over the shared engine.
+
+    Args:
+        kind: decides in which panel clients show the task.
+        engine: shared by all tasks; owned by the app.
+        labels: names that clients offer.
+        dimension: 3 for volumes, 2 for one slice of a volume or a picture.
+        text: what clients show as description.
+        options: what clients show as options.
+    """
+
+    def __init__(
+        self, kind: InferType, engine: Engine, labels: Sequence[str], dimension: int, text: str, options: dict[str, Any]
+    ) -> None:
+        super().__init__(kind, list(labels), dimension, text, options)
+        self._engine = engine
+
+    def info(self) -> dict[str, Any]:
+        """What ``/info/`` shows, the engine's backbone and cache counters included."""
+        return {**super().info(), "engine": plain(self._engine.info())}
+
+    def is_valid(self) -> bool:
+        """True: weights are looked for at the first request, so that the server starts without them."""
+        return True
+
+    def __call__(self, request: Mapping[str, Any]) -> tuple[Optional[str], dict[str, Any]]:
+        """Path of the label file and the reply's JSON.
+
+        Raises:
+            MONAILabelException: for everything the user or the operator can mend; the message says how.
+        """
+        try:
+            with self._engine.foreground():
+                return self.answer(request)
+        except (PromptError, VolumeError) as error:
+            raise MONAILabelException(MONAILabelError.INVALID_INPUT, str(error)) from error
+        except AppError as error:
+            raise MONAILabelException(MONAILabelError.APP_ERROR, str(error)) from error
+
+    @abstractmethod
+    def answer(self, request: Mapping[str, Any]) -> tuple[Optional[str], dict[str, Any]]:
+        """The same, with errors of ``lib``."""
+
+    def reply(
+        self, volume: Volume, found: Union[Prediction, LabelPrediction], wanted: ReplyFormat, facts: dict[str, Any],
+        started: float, opened: float,
+    ) -> tuple[Optional[str], dict[str, Any]]:  # fmt: skip
+        """Label file and JSON.
+
+        Args:
+            volume: the image.
+            found: the segmentation.
+            wanted: how the client wants the file.
+            facts: what the JSON says beyond what all tasks say.
+            started: clock at the request's arrival.
+            opened: clock when image and prompts were read.
+        """
+        predicted = time.perf_counter()
+        path = _write(volume, found.mask, wanted) if wanted.write_file else None
+        end = time.perf_counter()
+        stages = {
+            "pre": opened - started,
+            "infer": predicted - opened,
+            "invert": 0,
+            "post": 0,
+            "write": end - predicted,
+        }
+        latencies = {**found.latencies_s, **stages, "total": end - started}
+        window, engine = found.window, self._engine.info()
+        report = {
+            "latencies": {stage: round(seconds, 4) for stage, seconds in latencies.items()},
+            "cache": found.cache,
+            "quality": found.quality,
+            "axis": "ijk"[found.axis],
+            "window": None if window is None else {"lo": window.lo, "hi": window.hi, "source": window.source.value},
+            "backbone": engine.get("backbone"),
+            "weights_id": engine.get("weights_id"),
+            **facts,
+        }
+        return path, plain(report)
+
+
+def _write(volume: Volume, mask: np.ndarray, reply: ReplyFormat) -> str:
+    """A temporary file with the mask; the server removes it after sending."""
+    handle, path = tempfile.mkstemp(suffix=reply.extension)
+    os.close(handle)
+    try:
+        write_mask(volume, mask, path, dtype=reply.dtype, compress=reply.compress)
+    except BaseException:
+        os.unlink(path)
+        raise
+    return path
+
+
+def plain(value: Any) -> Any:
+    """Python's own types with text keys; numbers that JSON does not have (NaN, infinity) become null."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if hasattr(value, "item"):  # a numpy number
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

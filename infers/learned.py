@@ -1,0 +1,80 @@
+"""The two tasks of a learned method over one engine: ``NAME`` segments alone, ``NAME_edit`` together with the user.
+
+``NAME`` shows itself to clients only while a trained version is live; ``NAME_edit`` is plain SAM per label until then.
+Thread-safe: no request state.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, Optional
+
+from monailabel.interfaces.tasks.infer_v2 import InferType
+
+from infers.base import EngineTask
+from infers.prompts import read_label_prompts
+from infers.request import option_table, read_options, read_reply
+from lib.assisted import AssistedEngine
+from lib.errors import PromptError
+from lib.types import LabelPrediction, UserPrompts
+
+
+class LearnedTask(EngineTask):
+    """Autonomous or assisted segmentation of all labels.
+
+    Args:
+        assisted: the method's engine.
+        edit: True takes the user's prompts too.
+    """
+
+    def __init__(self, assisted: AssistedEngine, *, edit: bool) -> None:
+        kind = InferType.DEEPEDIT if edit else InferType.SEGMENTATION
+        text = f"{assisted.row.name}: learned prompts" + (
+            " and your clicks, boxes and scribbles" if edit else ", nobody clicks"
+        )
+        options = option_table(planar=False)
+        if not edit:
+            options.pop("propagate")
+        super().__init__(kind, assisted.engine, assisted.labels(), 3, text, options)
+        self._assisted, self._edit = assisted, edit
+
+    def info(self) -> dict[str, Any]:
+        """What ``/info/`` shows, with the labels and name of the version that is live now."""
+        version = self._assisted.live_version()
+        names = {label: number for number, label in enumerate(self._assisted.labels(), start=1)}
+        return {**super().info(), "labels": names, "version_live": version.name if version else None}
+
+    def is_valid(self) -> bool:
+        """Whether clients see the task."""
+        return self._edit or self._assisted.live_version() is not None
+
+    def answer(self, request: Mapping[str, Any]) -> tuple[Optional[str], dict[str, Any]]:
+        """All labels of an image."""
+        started = time.perf_counter()
+        labels = self._assisted.labels()
+        options, wanted = read_options(request, planar=False), read_reply(request, labels[0])
+        if not self.is_valid():
+            raise PromptError(
+                f"No trained version of {self._assisted.row.name} is live. Label some images and train first."
+            )
+        volume = self._assisted.engine.open(request["image"])
+        prompts, warnings = self._prompts(request, volume.shape, labels)
+        opened = time.perf_counter()
+        found = self._assisted.segment(volume, prompts, options)
+        return self.reply(volume, found, wanted, _facts(found, warnings), started, opened)
+
+    def _prompts(
+        self, request: Mapping[str, Any], shape: tuple[int, int, int], labels: tuple[str, ...]
+    ) -> tuple[dict[str, UserPrompts], tuple[str, ...]]:
+        return read_label_prompts(request, shape, labels) if self._edit else ({}, ())
+
+
+def _facts(found: LabelPrediction, warnings: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "label_names": {label: number for number, label in enumerate(found.labels, start=1)},
+        "version": found.version,
+        "presence": found.presence,
+        "edited": found.edited,
+        "warnings": warnings + found.warnings,
+    }

@@ -1,0 +1,347 @@
+"""Autonomous and assisted segmentation with the live version of a learned method, over the engine's caches.
+
+Autonomous: all slices, all classes, nobody clicks; kept per volume, window, axis and version. Assisted: on slices with
+prompts, learned and user prompts go into one decoder call; the change is carried to the neighbours both ways while it
+changes anything, and every other slice is the autonomous one. Without a live version each label is plain SAM.
+
+The answer depends on nothing but volume, prompts, options and version. Any number of threads may call it; a new live
+version is noticed with one look at a file and loaded once, while requests under way finish with the old one.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib.cache import Lru
+from lib.config import MethodRow
+from lib.contracts import PromptSet
+from lib.data.geometry import choose_axis, put_slice, slice_size, slice_view, to_slice_rc
+from lib.data.window import choose_window
+from lib.engine import Engine, SegmentOptions
+from lib.errors import PromptError
+from lib.evaluate import label_maps
+from lib.learned import Answer, Learned, combine, rows
+from lib.prompts.user import SlicePrompts, by_slice, prompt_set
+from lib.propagate import SliceResult
+from lib.transform import SliceTransform
+from lib.types import LabelPrediction, UserPrompts, Volume
+from lib.versions import Version, VersionStore, check_fits
+
+BATCH = 8  # slices at once
+KEPT_MB = 512  # of autonomous results
+REACH = 5  # cells of the mask grid across which a change may spread from one slice to the next
+DEFAULTS = SegmentOptions()
+FADED = 0.1  # of the change on the prompted slice: below it a walk ends
+
+
+@dataclass(frozen=True)
+class Live:
+    """A version that answers."""
+
+    version: Version
+    model: Learned
+
+
+@dataclass(frozen=True)
+class Automatic:
+    """Autonomous result of one volume along one axis.
+
+    Args:
+        mask: ``(I, J, K)`` uint8 class numbers.
+        masks: ``(D, K, 4h, 4w)`` float16 logits.
+        iou: ``(D, K)``.
+        obj: ``(D, K)`` objectness logits.
+    """
+
+    mask: np.ndarray
+    masks: Tensor
+    iou: Tensor
+    obj: Tensor
+
+    def nbytes(self) -> int:
+        """Size in memory."""
+        return self.mask.nbytes + self.masks.numel() * self.masks.element_size()
+
+
+class AssistedEngine:
+    """One learned method on one engine.
+
+    Args:
+        engine: for volumes and features.
+        row: the method.
+        store: of its versions.
+        labels: of plain SAM, while no version is live.
+    """
+
+    def __init__(self, engine: Engine, row: MethodRow, store: VersionStore, labels: tuple[str, ...]) -> None:
+        self.engine, self.row, self.store, self._labels = engine, row, store, labels
+        self._kept: Lru[Automatic] = Lru(KEPT_MB << 20, Automatic.nbytes)
+        self._live: tuple[object, Live | None] = (None, None)
+        self._loading = threading.Lock()
+
+    def live_version(self) -> Version | None:
+        """The live version without loading its tensors."""
+        return self.store.live()
+
+    def labels(self) -> tuple[str, ...]:
+        """Names that the next request is answered with."""
+        version = self.live_version()
+        return version.labels if version else self._labels
+
+    def live(self) -> Live | None:
+        """The live version, loaded; a new one replaces it.
+
+        Raises:
+            WeightsError: if it is damaged or belongs to another backbone.
+        """
+        stamp = self.store.live_stamp()
+        with self._loading:
+            if stamp != self._live[0]:
+                version = self.store.live()
+                self._live = (stamp, None if version is None else self._load(version))
+            return self._live[1]
+
+    def _load(self, version: Version) -> Live:
+        backbone = self.engine.warm()
+        check_fits(version, backbone.weights_id)
+        model = Learned(self.row, backbone, len(version.labels), version.recipe["preset"])
+        model.restore(self.store.tensors(version))
+        if model.changes_encoder:
+            model.backbone.weights_id = f"{backbone.weights_id}+{version.sha256}"
+        return Live(version, model.to(self.engine.device()).eval())
+
+    def segment(
+        self, volume: Volume, prompts: Mapping[str, UserPrompts], options: SegmentOptions = DEFAULTS
+    ) -> LabelPrediction:
+        """Segments all labels.
+
+        Args:
+            volume: from :meth:`Engine.open`.
+            prompts: by label; empty for the autonomous result.
+            options: axis and window; ``propagate`` False keeps corrections on their slices.
+
+        Raises:
+            PromptError: for prompts that cannot be used, or none without a live version.
+            WeightsError: if weights or the version are missing or wrong.
+        """
+        started = time.perf_counter()
+        with self.engine.foreground():
+            if options.window is not None:
+                window = choose_window(volume.array, requested=options.window, is_rgb=volume.is_rgb)
+                volume = replace(volume, window=window)
+            live = self.live()
+            found = (
+                self._plain(volume, prompts, options)
+                if live is None
+                else _Job(self, live, volume, options).run(prompts)
+            )
+        return replace(found, latencies_s={**found.latencies_s, "segment": time.perf_counter() - started})
+
+    def _plain(self, volume: Volume, prompts: Mapping[str, UserPrompts], options: SegmentOptions) -> LabelPrediction:
+        """Every label by itself; where two overlap, the one before in the list keeps the voxel."""
+        drawn = {label: p for label, p in prompts.items() if _starts(p)}
+        if not drawn:
+            raise PromptError(
+                f"No trained version of {self.row.name} is live, so plain SAM answers, which needs a positive click or "
+                "a box. Click on a structure, or train first."
+            )
+        mask, quality = np.zeros(volume.shape, np.uint8, order="F"), {}
+        warnings: list[str] = []
+        axis, cache = 2, Counter[str]()
+        for label, one in drawn.items():
+            found = self.engine.segment(volume, one, options)
+            mask[(found.mask > 0) & (mask == 0)] = self._labels.index(label) + 1
+            quality[label], axis = found.quality, found.axis
+            warnings += found.warnings
+            cache.update(found.cache)
+        warnings.append(f"No trained version of {self.row.name} is live yet: this is plain SAM.")
+        edited = {label: tuple(slices) for label, slices in quality.items()}
+        return LabelPrediction(
+            mask, self._labels, axis, quality, {}, edited, None, {}, dict(cache), tuple(warnings), volume.window
+        )
+
+
+class _Job:
+    """One request on its way."""
+
+    def __init__(self, owner: AssistedEngine, live: Live, volume: Volume, options: SegmentOptions) -> None:
+        self.owner, self.live, self.volume, self.options = owner, live, volume, options
+        self.engine, self.model = owner.engine, live.model
+        self.axis = choose_axis(volume.spacing_mm, volume.shape, requested=options.axis, is_2d=volume.is_2d)
+        self.transform = SliceTransform(self.model.spec, slice_size(volume.shape, self.axis))
+        self.cache: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+    def run(self, prompts: Mapping[str, UserPrompts]) -> LabelPrediction:
+        """Autonomous result, and the user's corrections on it."""
+        with self.timed("autonomous"), torch.inference_mode():
+            automatic = self.automatic()
+        with self.timed("assisted"), torch.inference_mode():
+            edits = self.edits(automatic, self.corrections(automatic, prompts))
+        with self.timed("assemble"), torch.inference_mode():
+            mask = self.assembled(automatic, edits)
+        return self.prediction(automatic, edits, mask)
+
+    def automatic(self) -> Automatic:
+        """Kept for the next click on the same volume."""
+        key = (self.volume.content_hash, self.axis, self.volume.window.key(), self.live.version.sha256)
+        found, there = self.owner._kept.get_or_make(repr(key), self._automatic)
+        self.cache["automatic_hits"] += int(there)
+        return found
+
+    def _automatic(self) -> Automatic:
+        count = self.volume.shape[self.axis]
+        mask, answers = np.zeros(self.volume.shape, np.uint8, order="F"), []
+        for start in range(0, count, BATCH):
+            indices = range(start, min(start + BATCH, count))
+            features, sources = self.engine.stack(
+                self.volume, self.axis, indices, self.model.backbone, self.model.method.taps
+            )
+            self.cache.update(sources)
+            answer = self.model.autonomous(features.to(self.engine.device(), torch.float32))
+            for index, labels in zip(indices, label_maps(answer, self.model.classes, self.transform)):
+                put_slice(mask, self.axis, index, labels.numpy())
+            answers.append(answer)
+        mask.setflags(write=False)
+        masks, iou, obj = (self._by_slice([getattr(a, name) for a in answers]) for name in ("masks", "iou", "obj"))
+        return Automatic(mask, masks.half(), iou, obj)
+
+    def _by_slice(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts).unflatten(0, (-1, self.model.classes)).cpu()
+
+    def corrections(
+        self, automatic: Automatic, prompts: Mapping[str, UserPrompts]
+    ) -> dict[int, dict[int, SlicePrompts]]:
+        """Prompts by class (from 0) and slice; a positive click on another label's voxel takes it from that one."""
+        labels = self.live.version.labels
+        found = {
+            labels.index(label): by_slice(p, self.volume.shape, self.axis, corrections=True)
+            for label, p in prompts.items()
+            if p
+        }
+        for label, one in prompts.items():
+            for click in one.clicks:
+                owner = int(automatic.mask[click.ijk]) - 1
+                if click.positive and owner >= 0 and owner != labels.index(label):
+                    index, row, column = to_slice_rc(click.ijk, self.axis)
+                    slices = found.setdefault(owner, {})
+                    slices.setdefault(index, SlicePrompts()).points_rc.append((row, column, False))
+        return found
+
+    def edits(
+        self, automatic: Automatic, corrections: Mapping[int, Mapping[int, SlicePrompts]]
+    ) -> dict[tuple[int, int], Answer]:
+        """Answers by (slice, class) that differ from the autonomous ones."""
+        found: dict[tuple[int, int], Answer] = {}
+        for number, slices in corrections.items():
+            mine = {i: self.ask(i, number, prompt_set(p, self.transform), said=p.starts) for i, p in slices.items()}
+            found |= {(i, number): answer for i, answer in mine.items()}
+            if self.options.propagate and not self.options.planar:
+                for index in mine:
+                    for path in (range(index + 1, self.volume.shape[self.axis]), range(index - 1, -1, -1)):
+                        found |= self.carry(automatic, number, index, mine[index], path, mine.keys())
+        return found
+
+    def carry(
+        self, automatic: Automatic, number: int, seed: int, answer: Answer, path: range, prompted: Collection[int]
+    ) -> dict[tuple[int, int], Answer]:
+        """A correction's walk: a slice changes only near where the slice before did, until the change has faded."""
+        found: dict[tuple[int, int], Answer] = {}
+        changed = (answer.masks > 0) != (self._auto(automatic, seed, number) > 0)
+        first, before = int(changed.sum()), answer
+        for index in path:
+            if index in prompted or not bool(changed.any()):
+                break
+            near = F.max_pool2d(changed.float(), REACH, 1, REACH // 2) > 0
+            carried = self.ask(
+                index, number, PromptSet(masks=before.masks[:, None].clamp(-32, 32)), said=bool(before.obj > 0)
+            )
+            base = self._auto(automatic, index, number)
+            merged = torch.where(near, carried.masks, base)
+            changed = (merged > 0) != (base > 0)
+            if int(changed.sum()) <= max(2, FADED * first) or self._jumps(before, merged, carried.iou):
+                break
+            found[index, number] = before = Answer(merged, carried.iou, carried.obj)
+        return found
+
+    def _jumps(self, before: Answer, merged: Tensor, iou: Tensor) -> bool:
+        """Whether a mask is no believable continuation of the slice before; one that vanishes is."""
+        if not bool((merged > 0).any()) or not bool((before.masks > 0).any()):
+            return False
+        was, now = SliceResult(before.masks[:, None], float(before.iou)), SliceResult(merged[:, None], float(iou))
+        return self.engine.rule.breaks(was, was, now)
+
+    def _auto(self, automatic: Automatic, index: int, number: int) -> Tensor:
+        """``(1, 4h, 4w)`` autonomous logits; an absent class has none above 0."""
+        logits = automatic.masks[index, number][None].float()
+        return logits if automatic.obj[index, number] >= 0 else logits.clamp(max=-1.0)
+
+    def ask(self, index: int, number: int, user: PromptSet, *, said: bool) -> Answer:
+        """One class on one slice, learned and user prompts in one decoder call; ``said``: the user says it is there."""
+        features, source = self.engine.features(
+            self.volume, self.axis, index, self.model.backbone, self.model.method.taps
+        )
+        self.cache[source] += 1
+        device = self.engine.device()
+        features = features.to(device, torch.float32)
+        proposal = rows(self.model.propose(features), torch.tensor([number], device=device))
+        user = PromptSet(**{k: None if v is None else v.to(device) for k, v in vars(user).items()})
+        _, answer = self.model.decode(features, proposal, user, torch.zeros(1, dtype=torch.long, device=device))
+        obj = answer.obj.clamp(min=0.0) if said else answer.obj
+        return Answer(answer.masks.cpu(), answer.iou.cpu(), obj.cpu())
+
+    def assembled(self, automatic: Automatic, edits: Mapping[tuple[int, int], Answer]) -> np.ndarray:
+        """The mask with the edited slices; the autonomous one itself where nothing was edited."""
+        if not edits:
+            return automatic.mask
+        mask = np.array(automatic.mask, order="F")
+        for index in {i for i, _ in edits}:
+            masks, obj = automatic.masks[index].float()[None], automatic.obj[index].clone()[None]
+            for (i, number), answer in edits.items():
+                if i == index:
+                    masks[0, number], obj[0, number] = answer.masks[0], answer.obj[0]
+            put_slice(mask, self.axis, index, combine(self.transform.logits(masks), obj)[0].numpy())
+        return mask
+
+    def prediction(
+        self, automatic: Automatic, edits: Mapping[tuple[int, int], Answer], mask: np.ndarray
+    ) -> LabelPrediction:
+        """Everything that the reply says."""
+        labels, iou, obj = self.live.version.labels, automatic.iou.clone(), automatic.obj.clone()
+        for (index, number), answer in edits.items():
+            iou[index, number], obj[index, number] = answer.iou[0], answer.obj[0]
+        present = obj.sigmoid()
+        shown = [np.unique(slice_view(mask, self.axis, i)).tolist() for i in range(mask.shape[self.axis])]
+        quality = {
+            label: {i: float(iou[i, n]) for i, found in enumerate(shown) if n + 1 in found}
+            for n, label in enumerate(labels)
+        }
+        presence = {label: {i: float(p) for i, p in enumerate(present[:, n])} for n, label in enumerate(labels)}
+        edited = {label: tuple(sorted(i for i, m in edits if m == n)) for n, label in enumerate(labels)}
+        return LabelPrediction(
+            mask, labels, self.axis, quality, presence, {k: v for k, v in edited.items() if v}, self.live.version.name,
+            self.seconds, dict(self.cache), (), self.volume.window,
+        )  # fmt: skip
+
+
+def _starts(prompts: UserPrompts) -> bool:
+    """Whether plain SAM can begin with them."""
+    return bool(prompts.boxes or any(c.positive for c in prompts.clicks) or any(s.positive for s in prompts.strokes))

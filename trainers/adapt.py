@@ -1,0 +1,209 @@
+"""The train task of a learned method: labelled store in, gated version out. Runs in MONAI Label's training child.
+
+A run that was killed goes on where it was if it is asked for again with the same cases and recipe. A new version goes
+live only if it beats the live one on the pinned validation cases; until that moment nothing that answers has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
+from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
+from monailabel.interfaces.tasks.train import TrainTask
+
+from lib.config import AppSettings, MethodRow, override
+from lib.contracts import Backbone
+from lib.data.samples import LabelledCase, TrainingCase, labels_of, patient_of, usable_cases
+from lib.data.split import PinnedSplit
+from lib.engine import Engine
+from lib.errors import AppError
+from lib.evaluate import encoded, evaluate
+from lib.learned import PRESETS, Learned
+from lib.train_data import Batches, all_slices
+from lib.train_loop import BEST, PROGRESS, STATE, Run, fit, write_json
+from lib.versions import Trained, Version, VersionStore, beats, open_store
+
+logger = logging.getLogger(__name__)
+SHOWN = ("preset", "loss", "epochs", "batch", "views", "lr", "backbone_lr", "patience", "memory_mb", "seed")
+
+
+class AdaptTask(TrainTask):
+    """Trains one method on the final labels of the store.
+
+    Args:
+        row: the method.
+        settings: of the app.
+        versions_dir: folder of trained versions of all methods.
+    """
+
+    def __init__(self, row: MethodRow, settings: AppSettings, versions_dir: Path) -> None:
+        super().__init__(f"{row.name}: learns prompts from the final labels")
+        self._row, self._settings, self._versions_dir = row, settings, versions_dir
+
+    def config(self) -> dict[str, Any]:
+        """Options that clients show; a list is a choice whose first item is the default."""
+        values = {key: getattr(self._row.recipe, key) for key in SHOWN}
+        return {**values, "preset": [values["preset"], *(p for p in ("auto", *PRESETS) if p != values["preset"])]}
+
+    def stats(self) -> dict[str, Any]:
+        """Progress of the run under way or of the last one."""
+        path = self._versions_dir / self._row.name / PROGRESS
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # none yet
+            return {}
+
+    def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
+        """Trains and, if it is better, puts the new version live.
+
+        Raises:
+            MONAILabelException: with a sentence about what is missing or wrong; nothing has changed then.
+        """
+        store = open_store(self._versions_dir, self._row.name)
+        try:
+            return _Training(self._row, self._settings, store, request, stored_cases(datastore)).run()
+        except AppError as error:
+            store.folder.mkdir(parents=True, exist_ok=True)
+            write_json(store.folder / PROGRESS, {**self.stats(), "error": str(error)})
+            raise MONAILabelException(MONAILabelError.INVALID_INPUT, str(error)) from error
+
+
+def stored_cases(datastore: Datastore) -> list[LabelledCase]:
+    """Images with a final label."""
+    found = []
+    for image in sorted(datastore.get_labeled_images()):
+        label = datastore.get_label_by_image_id(image, DefaultLabelTag.FINAL)
+        if not label:
+            continue
+        info = datastore.get_label_info(label, DefaultLabelTag.FINAL) or {}
+        files = datastore.get_image_uri(image), datastore.get_label_uri(label, DefaultLabelTag.FINAL)
+        found.append(LabelledCase(image, Path(files[0]), Path(files[1]), declared(info)))
+    return found
+
+
+def declared(info: Mapping[str, Any]) -> dict[int, str]:
+    """Voxel value to name, from what a client saved with a label: ``label_info`` of Slicer, ``label_names`` of ours."""
+    found: dict[int, str] = {}
+    for entry in info.get("label_info") or []:
+        value = entry.get("idx", entry.get("id")) if isinstance(entry, Mapping) else None
+        if isinstance(value, int) and isinstance(entry.get("name"), str):
+            found[value] = entry["name"]
+    names = info.get("label_names")
+    if not found and isinstance(names, Mapping):
+        found = {v: k for k, v in names.items() if isinstance(v, int)}
+    return {value: name for value, name in found.items() if value > 0}
+
+
+class _Training:
+    """One run from cases to version."""
+
+    def __init__(
+        self, row: MethodRow, settings: AppSettings, store: VersionStore, request: Mapping[str, Any],
+        cases: Sequence[LabelledCase],
+    ) -> None:  # fmt: skip
+        self.row, self.store = row, store
+        self.labels = labels_of(cases, settings.labels)
+        self.cases, self.left_out = usable_cases(cases, self.labels)
+        self.engine = Engine(replace(settings, prefetch=False))
+        self.backbone: Backbone = self.engine.warm()
+        recipe = override(row.recipe, request)
+        self.recipe = replace(recipe, preset=self._preset(recipe.preset))
+        self.parts = self._split()
+        self.folder = store.folder / "runs" / "current"
+
+    def _preset(self, wanted: str) -> str:
+        if wanted != "auto":
+            return wanted
+        if self.backbone.spec.name == "compact":
+            return "full"
+        return "adapters" if self.engine.device().type == "cuda" else "frozen"
+
+    def _split(self) -> dict[str, str]:
+        patients = {c.case: patient_of(c.case) for c in self.cases}
+        pinned = PinnedSplit(self.store.folder / "split.json").assign(patients.values())
+        return {case: pinned[patient] for case, patient in patients.items()}
+
+    def run(self) -> dict[str, Any]:
+        """Trains, stores, gates."""
+        self._take_up()
+        for sentence in self.left_out:
+            logger.warning(sentence)
+        torch.manual_seed(self.recipe.seed)
+        model = Learned(self.row, self.backbone, len(self.labels), self.recipe.preset).to(self.engine.device())
+        batches = Batches(model, all_slices(self._of("train")), self.recipe)
+        plan = f"{len(self._of('train'))} cases to train, {len(self._of('val'))} to validate. {batches.plan()}"
+        logger.info("preset %s: %s", self.recipe.preset, plan)
+        notes = {"plan": plan, "left_out": self.left_out}
+        self._tell(notes)
+        work = Run(model, batches, self._of("val"), self.labels, self.recipe, self.folder)
+        metrics = fit(work, lambda entry: self._tell({**entry, **notes}))
+        return self._publish(model, metrics)
+
+    def _of(self, part: str) -> list[TrainingCase]:
+        return [c for c in self.cases if self.parts[c.case] == part]
+
+    def _tell(self, entry: Mapping[str, Any]) -> None:
+        write_json(self.store.folder / PROGRESS, entry)
+
+    def _take_up(self) -> None:
+        """Keeps the folder of a run that was cut off if it was the same, else starts an empty one."""
+        facts = {
+            "recipe": asdict(self.recipe), "row": self.row.options, "labels": self.labels, "parts": self.parts,
+            "backbone": self.backbone.weights_id, "voxels": [_voxels(c) for c in self.cases],
+        }  # fmt: skip
+        fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        mark = self.folder / "fingerprint"
+        if not mark.exists() or mark.read_text() != fingerprint:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            mark.write_text(fingerprint)
+
+    def _publish(self, model: Learned, metrics: dict[str, Any]) -> dict[str, Any]:
+        live = self.store.live()
+        trained = Trained(
+            backbone=self.backbone.spec.name, backbone_digest=self.backbone.weights_id, labels=self.labels,
+            recipe={**asdict(self.recipe), "options": self.row.options}, split=self.parts, metrics=metrics,
+            parent=live.name if live else None,
+        )  # fmt: skip
+        better, reason = beats(metrics, self._incumbent(live))
+        version = self.store.add(model.trained(), trained)
+        (self.store.promote if better else self.store.refuse)(version.name, reason)
+        logger.info("%s %s: %s", version.name, "is live" if better else "is stored, not live", reason)
+        self._archive(version)
+        done = {"version": version.name, "live": better, "reason": reason, "dice": metrics["dice"]}
+        self._tell({**_read(self.folder.with_name(version.name) / PROGRESS), **done, "left_out": self.left_out})
+        return done
+
+    def _incumbent(self, live: Optional[Version]) -> Optional[dict[str, Any]]:
+        """The live version's scores on today's validation cases; nothing where it fits this backbone no more."""
+        if live is None or live.backbone_digest != self.backbone.weights_id:
+            return None
+        model = Learned(self.row, self.backbone, len(live.labels), live.recipe["preset"])
+        model.restore(self.store.tensors(live))
+        model.to(self.engine.device()).eval()
+        return evaluate(model, self._of("val"), self.labels, encoded(model), own=live.labels)
+
+    def _archive(self, version: Version) -> None:
+        """Curves and progress stay under the version's name; what only resuming needs goes."""
+        for name in (STATE, BEST, "fingerprint"):
+            (self.folder / name).unlink(missing_ok=True)
+        target = self.folder.with_name(version.name)
+        shutil.rmtree(target, ignore_errors=True)
+        self.folder.rename(target)
+
+
+def _voxels(case: TrainingCase) -> str:
+    return f"{case.volume.content_hash}:{hashlib.sha256(case.target.tobytes('F')).hexdigest()}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
