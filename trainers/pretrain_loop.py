@@ -41,6 +41,7 @@ class Recipe:
         side: of the images in memory, in pixels.
         sides: input side S per phase.
         steps: optimiser steps per phase.
+        connected: per phase, probability that an object is one connected part of its structure.
         batch: images per step, over all workers.
         workers: processes that share a batch; on CPUs one per core beats one with many threads.
         objects: pairs per image.
@@ -58,6 +59,7 @@ class Recipe:
     side: int = 256
     sides: tuple[int, ...] = (256,)
     steps: tuple[int, ...] = (6000,)
+    connected: tuple[float, ...] = (0.85,)
     batch: int = 8
     workers: int = 1
     objects: int = 4
@@ -196,7 +198,7 @@ class Trainer:
 
     @property
     def phase(self) -> int:
-        """Index into the recipe's ``sides`` and ``steps``."""
+        """Index into the recipe's ``sides``, ``steps`` and ``connected``."""
         ends = np.cumsum(self.recipe.steps)
         return min(int(np.searchsorted(ends, self.step, side="right")), len(ends) - 1)
 
@@ -232,7 +234,7 @@ class Trainer:
             images, labels = (torch.from_numpy(a).to(self.device) for a in drawn)
             images = images.permute(0, 3, 1, 2) / 255
             x, maps = augment(images, labels[:, None].float(), self.model.spec.input_size, self.torch_rng)
-            masks, index = choose_objects(maps, self.recipe.objects, self.rng)
+            masks, index = choose_objects(maps, self.recipe.objects, self.rng, self.recipe.connected[self.phase])
             if len(masks):
                 return degrade(x, self.torch_rng), masks, index.to(self.device)
 

@@ -1,6 +1,6 @@
 """Batches for promptable pretraining: moved and recoloured images, chosen objects, neighbouring slices made up.
 
-Torch and numpy only; randomness comes from the generator passed in. Frames: normalised image coordinates inside.
+Torch, numpy and scipy only; randomness comes from the generator passed in. Frames: normalised image coordinates inside.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 
 
@@ -56,13 +57,17 @@ def degrade(images: Tensor, rng: torch.Generator) -> Tensor:
     return (images + strength[:, None, None, None] * noise).clamp(0, 1)
 
 
-def choose_objects(labels: Tensor, per_image: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def choose_objects(
+    labels: Tensor, per_image: int, rng: np.random.Generator, connected: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Object masks and whose image they are.
 
     Args:
         labels: ``(B, S, S)`` long.
         per_image: pairs wanted per image.
         rng: source of randomness.
+        connected: probability that one connected part of a structure is the object. Structures that are scattered over
+            the image cannot be told from a box or a click, and make a model unsure of everything large.
 
     Returns:
         ``(N, S, S)`` float masks and ``(N,)`` long image indices; images without a large enough object give none.
@@ -74,11 +79,23 @@ def choose_objects(labels: Tensor, per_image: int, rng: np.random.Generator) -> 
         known = [k for k, c in enumerate(counts) if k > 0 and c >= least]
         for _ in range(per_image if known else 0):
             picked = rng.choice(known, size=2 if rng.random() < 0.12 else 1)
-            masks.append(torch.isin(label_map, torch.as_tensor(picked, device=label_map.device)))
+            mask = torch.isin(label_map, torch.as_tensor(picked, device=label_map.device))
+            if connected and rng.random() < connected:
+                mask = _one_part(mask, rng, least)
+            masks.append(mask)
             index.append(b)
     if not masks:
         return labels.new_zeros(0, *labels.shape[-2:]).float(), torch.zeros(0, dtype=torch.long)
     return torch.stack(masks).float(), torch.tensor(index)
+
+
+def _one_part(mask: Tensor, rng: np.random.Generator, least: float) -> Tensor:
+    """A connected part of a mask, larger ones more often; the largest where none has ``least`` pixels."""
+    parts, _ = ndimage.label(mask.cpu().numpy())
+    sizes = np.bincount(parts.ravel())[1:].astype(float)
+    weights = np.where(sizes >= least, sizes, 0)
+    weights = weights if weights.any() else sizes == sizes.max()
+    return torch.from_numpy(parts == 1 + rng.choice(len(sizes), p=weights / weights.sum())).to(mask.device)
 
 
 def neighbour(masks: Tensor, rng: torch.Generator) -> Tensor:

@@ -1,0 +1,81 @@
+"""The baseline of the learned prompts: MONAI's DynUNet from scratch on the same slices, for the same time.
+
+2-D slices at native resolution, padded to a multiple of 16; the same augmentation; Dice and cross entropy, no deep
+supervision. Frame: slices as :class:`lib.train_data.Slice` cuts them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.data.geometry import put_slice
+from lib.data.samples import TrainingCase
+from lib.data.views import augmented
+from lib.train_data import Slice, all_slices, axis_of
+
+FILTERS = (16, 32, 64, 128, 128)
+BATCH = 8
+
+
+def build(classes: int) -> torch.nn.Module:
+    """A DynUNet of 0.8 M parameters."""
+    from monai.networks.nets import DynUNet
+
+    levels = len(FILTERS)
+    return DynUNet(
+        2, 1, classes + 1, [3] * levels, [1] + [2] * (levels - 1), [2] * (levels - 1), filters=FILTERS,
+        norm_name="instance",
+    )  # fmt: skip
+
+
+def train(cases: Sequence[TrainingCase], classes: int, budget_s: float, seed: int) -> torch.nn.Module:
+    """Trains until the budget is spent: AdamW 1e-3, cosine over the time."""
+    from monai.losses import DiceCELoss
+
+    torch.manual_seed(seed)
+    slices, net = all_slices(cases), build(classes)
+    size = _padded([s.classes().shape for s in slices])
+    loss_of = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-4)
+    rng, started = np.random.default_rng(seed), time.monotonic()
+    while (spent := time.monotonic() - started) < budget_s:
+        for group in optimiser.param_groups:
+            group["lr"] = 1e-3 * (0.05 + 0.475 * (1 + np.cos(np.pi * spent / budget_s)))
+        chosen = [slices[i] for i in rng.choice(len(slices), min(BATCH, len(slices)), replace=False)]
+        pairs = [augmented(s.pixels(), s.classes(), int(rng.integers(2**31)), intensity=True) for s in chosen]
+        x = torch.stack([_input(p, size) for p, _ in pairs])
+        y = torch.stack([_pad(torch.from_numpy(t).float(), size) for _, t in pairs])[:, None]
+        optimiser.zero_grad()
+        loss_of(net(x), y).backward()
+        optimiser.step()
+    return net.eval()
+
+
+def segment(net: torch.nn.Module, case: TrainingCase) -> np.ndarray:
+    """``(I, J, K)`` uint8 class numbers."""
+    axis, out = axis_of(case), np.zeros(case.volume.shape, np.uint8)
+    with torch.inference_mode():
+        for index in range(case.volume.shape[axis]):
+            pixels = Slice(case, axis, index).pixels()
+            labels = net(_input(pixels, _padded([pixels.shape[:2]]))[None])[0].argmax(0)
+            put_slice(out, axis, index, labels[: pixels.shape[0], : pixels.shape[1]].numpy().astype(np.uint8))
+    return out
+
+
+def _input(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
+    x = torch.from_numpy(np.ascontiguousarray(pixels if pixels.ndim == 2 else pixels.mean(2)))
+    return _pad((x - 0.5) / 0.25, size)[None]
+
+
+def _pad(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return torch.nn.functional.pad(x, (0, size[1] - x.shape[1], 0, size[0] - x.shape[0]))
+
+
+def _padded(shapes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
+    rows, columns = (max(s[n] for s in shapes) for n in (0, 1))
+    return -(-rows // 16) * 16, -(-columns // 16) * 16
