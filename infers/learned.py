@@ -6,6 +6,7 @@ Thread-safe: no request state.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any, Optional
@@ -16,8 +17,10 @@ from infers.base import EngineTask
 from infers.prompts import read_label_prompts
 from infers.request import option_table, read_options, read_reply
 from lib.assisted import AssistedEngine
-from lib.errors import PromptError
+from lib.errors import AppError, PromptError
 from lib.types import LabelPrediction, UserPrompts
+
+logger = logging.getLogger(__name__)
 
 
 class LearnedTask(EngineTask):
@@ -36,18 +39,18 @@ class LearnedTask(EngineTask):
         options = option_table(planar=False)
         if not edit:
             options.pop("propagate")
-        super().__init__(kind, assisted.engine, assisted.labels(), 3, text, options)
+        super().__init__(kind, assisted.engine, _shown(assisted)[1], 3, text, options)
         self._assisted, self._edit = assisted, edit
 
     def info(self) -> dict[str, Any]:
         """What ``/info/`` shows, with the labels and name of the version that is live now."""
-        version = self._assisted.live_version()
-        names = {label: number for number, label in enumerate(self._assisted.labels(), start=1)}
-        return {**super().info(), "labels": names, "version_live": version.name if version else None}
+        version, labels = _shown(self._assisted)
+        names = {label: number for number, label in enumerate(labels, start=1)}
+        return {**super().info(), "labels": names, "version_live": version}
 
     def is_valid(self) -> bool:
         """Whether clients see the task."""
-        return self._edit or self._assisted.live_version() is not None
+        return self._edit or _shown(self._assisted)[0] is not None
 
     def answer(self, request: Mapping[str, Any]) -> tuple[Optional[str], dict[str, Any]]:
         """All labels of an image."""
@@ -68,6 +71,17 @@ class LearnedTask(EngineTask):
         self, request: Mapping[str, Any], shape: tuple[int, int, int], labels: tuple[str, ...]
     ) -> tuple[dict[str, UserPrompts], tuple[str, ...]]:
         return read_label_prompts(request, shape, labels) if self._edit else ({}, ())
+
+
+def _shown(assisted: AssistedEngine) -> tuple[Optional[str], tuple[str, ...]]:
+    """Name and labels of the live version for ``/info/``, which must list the other tasks also where a store is damaged;
+    whoever asks for a segmentation is told."""
+    try:
+        version = assisted.live_version()
+    except AppError as error:
+        logger.warning("%s: %s", assisted.row.name, error)
+        version = None
+    return (version.name, version.labels) if version else (None, assisted.offered)
 
 
 def _facts(found: LabelPrediction, warnings: tuple[str, ...]) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class AssistedEngine:
     """
 
     def __init__(self, engine: Engine, row: MethodRow, store: VersionStore, labels: tuple[str, ...]) -> None:
-        self.engine, self.row, self.store, self._labels = engine, row, store, labels
+        self.engine, self.row, self.store, self.offered = engine, row, store, labels
         self._kept: Lru[Automatic] = Lru(KEPT_MB << 20, Automatic.nbytes)
         self._live: tuple[object, Live | None] = (None, None)
         self._loading = threading.Lock()
@@ -96,7 +96,7 @@ class AssistedEngine:
     def labels(self) -> tuple[str, ...]:
         """Names that the next request is answered with."""
         version = self.live_version()
-        return version.labels if version else self._labels
+        return version.labels if version else self.offered
 
     def live(self) -> Live | None:
         """The live version, loaded; a new one replaces it.
@@ -104,8 +104,8 @@ class AssistedEngine:
         Raises:
             WeightsError: if it is damaged or belongs to another backbone.
         """
-        stamp = self.store.live_stamp()
         with self._loading:
+            stamp = self.store.live_stamp()
             if stamp != self._live[0]:
                 version = self.store.live()
                 self._live = (stamp, None if version is None else self._load(version))
@@ -114,7 +114,8 @@ class AssistedEngine:
     def _load(self, version: Version) -> Live:
         backbone = self.engine.warm()
         check_fits(version, backbone.weights_id)
-        model = Learned(self.row, backbone, len(version.labels), version.recipe["preset"])
+        row = replace(self.row, options=version.recipe.get("options", self.row.options))  # the YAML may have changed
+        model = Learned(row, backbone, len(version.labels), version.recipe["preset"])
         model.restore(self.store.tensors(version))
         if model.changes_encoder:
             model.backbone.weights_id = f"{backbone.weights_id}+{version.sha256}"
@@ -140,6 +141,7 @@ class AssistedEngine:
                 window = choose_window(volume.array, requested=options.window, is_rgb=volume.is_rgb)
                 volume = replace(volume, window=window)
             live = self.live()
+            _check_known(prompts, self.offered if live is None else live.version.labels)
             found = (
                 self._plain(volume, prompts, options)
                 if live is None
@@ -160,14 +162,14 @@ class AssistedEngine:
         axis, cache = 2, Counter[str]()
         for label, one in drawn.items():
             found = self.engine.segment(volume, one, options)
-            mask[(found.mask > 0) & (mask == 0)] = self._labels.index(label) + 1
+            mask[(found.mask > 0) & (mask == 0)] = self.offered.index(label) + 1
             quality[label], axis = found.quality, found.axis
             warnings += found.warnings
             cache.update(found.cache)
         warnings.append(f"No trained version of {self.row.name} is live yet: this is plain SAM.")
         edited = {label: tuple(slices) for label, slices in quality.items()}
         return LabelPrediction(
-            mask, self._labels, axis, quality, {}, edited, None, {}, dict(cache), tuple(warnings), volume.window
+            mask, self.offered, axis, quality, {}, edited, None, {}, dict(cache), tuple(warnings), volume.window
         )
 
 
@@ -265,8 +267,8 @@ class _Job:
     ) -> dict[tuple[int, int], Answer]:
         """A correction's walk: a slice changes only near where the slice before did, until the change has faded."""
         found: dict[tuple[int, int], Answer] = {}
-        changed = (answer.masks > 0) != (self._auto(automatic, seed, number) > 0)
-        first, before = int(changed.sum()), answer
+        changed = (_gated(answer.masks, answer.obj) > 0) != (self._auto(automatic, seed, number) > 0)
+        first, before = int(changed.sum()), replace(answer, masks=_gated(answer.masks, answer.obj))
         for index in path:
             if index in prompted or not bool(changed.any()):
                 break
@@ -275,11 +277,13 @@ class _Job:
                 index, number, PromptSet(masks=before.masks[:, None].clamp(-32, 32)), said=bool(before.obj > 0)
             )
             base = self._auto(automatic, index, number)
-            merged = torch.where(near, carried.masks, base)
+            merged = torch.where(near, _gated(carried.masks, carried.obj), base)
             changed = (merged > 0) != (base > 0)
             if int(changed.sum()) <= max(2, FADED * first) or self._jumps(before, merged, carried.iou):
                 break
-            found[index, number] = before = Answer(merged, carried.iou, carried.obj)
+            # what is left of the label, or far from the change, is there whatever this call says of the whole slice
+            obj = carried.obj.clamp(min=0.0) if bool((merged > 0).any()) else carried.obj
+            found[index, number] = before = Answer(merged, carried.iou, obj)
         return found
 
     def _jumps(self, before: Answer, merged: Tensor, iou: Tensor) -> bool:
@@ -291,8 +295,7 @@ class _Job:
 
     def _auto(self, automatic: Automatic, index: int, number: int) -> Tensor:
         """``(1, 4h, 4w)`` autonomous logits; an absent class has none above 0."""
-        logits = automatic.masks[index, number][None].float()
-        return logits if automatic.obj[index, number] >= 0 else logits.clamp(max=-1.0)
+        return _gated(automatic.masks[index, number][None].float(), automatic.obj[index, number])
 
     def ask(self, index: int, number: int, user: PromptSet, *, said: bool) -> Answer:
         """One class on one slice, learned and user prompts in one decoder call; ``said``: the user says it is there."""
@@ -340,6 +343,19 @@ class _Job:
             mask, labels, self.axis, quality, presence, {k: v for k, v in edited.items() if v}, self.live.version.name,
             self.seconds, dict(self.cache), (), self.volume.window,
         )  # fmt: skip
+
+
+def _gated(masks: Tensor, obj: Tensor) -> Tensor:
+    """The logits as they are shown: an absent pair has none above 0."""
+    return masks if bool(obj >= 0) else masks.clamp(max=-1.0)
+
+
+def _check_known(prompts: Mapping[str, UserPrompts], labels: tuple[str, ...]) -> None:
+    unknown = sorted(label for label, one in prompts.items() if one and label not in labels)
+    if unknown:  # also where another version went live since the client looked
+        raise PromptError(
+            f"Expected prompts of the labels {list(labels)}, received {unknown}. Fetch the labels again and repeat."
+        )
 
 
 def _starts(prompts: UserPrompts) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Optional
 
 import numpy as np
@@ -38,14 +39,15 @@ def encoded(model: Learned) -> FeaturesOf:
 
 def kept(features: FeaturesOf) -> FeaturesOf:
     """The same function that computes every group of slices once: validation asks for the same ones each epoch."""
-    memory: dict[tuple[str, int], Features] = {}
+    memory: dict[tuple[str, int], tuple[Features, Tensor]] = {}
 
     def remembered(slices: Sequence[Slice]) -> Features:
         key = (slices[0].case.case, slices[0].index)
         if key not in memory:
-            memory[key] = features(slices).to("cpu", torch.float16)
-        found = memory[key]
-        return found.to(found.pe.device, torch.float32)
+            fresh = features(slices)
+            memory[key] = fresh.to("cpu", torch.float16), fresh.pe  # pe is the same for all and knows the device
+        half, pe = memory[key]
+        return replace(half.to(pe.device, torch.float32), pe=pe)
 
     return remembered
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -87,8 +87,8 @@ class Batches:
 
     def prepare(self) -> None:
         """Computes the features that are kept."""
-        for place in range(len(self.slices) if self.views else 0):
-            self._kept.append([self._halved(*self._encode([(place, view)])) for view in range(self.views)])
+        places = range(len(self.slices) if self.views else 0)
+        self._kept = [[self._halved(*self._encode([(p, view)])) for view in range(self.views)] for p in places]
 
     def batch(self, step: int) -> tuple[Features, Tensor]:
         """Features of B slices and targets ``(B, K, G, G)`` in 0..1."""
@@ -98,7 +98,7 @@ class Batches:
         if self._kept:
             chosen = [self._kept[p][int(rng.integers(self.views))] for p in places]
             features = Features.joined([f for f, _ in chosen]).to(self._pe.device, torch.float32)
-            return features, torch.cat([t for _, t in chosen]).to(self._pe.device, torch.float32)
+            return replace(features, pe=self._pe), torch.cat([t for _, t in chosen]).to(self._pe.device, torch.float32)
         seeds = rng.integers(0, 2**31, size)
         kept = [0 if rng.random() < 1 / max(2, self.recipe.views) else int(s) for s in seeds]  # 0 is the original view
         return self._encode(list(zip(places.tolist(), kept)))
@@ -122,7 +122,7 @@ class Batches:
     def _fitting_views(self) -> int:
         self._pe = self.model.backbone.grid_encoding()
         budget = (self.recipe.memory_mb << 20) // max(1, len(self.slices))
-        return min(self.recipe.views, budget // self._bytes())
+        return max(0, min(self.recipe.views, budget // self._bytes()))
 
     def _bytes(self) -> int:
         """Of one slice's kept features and target, by the spec."""
@@ -133,9 +133,9 @@ class Batches:
         numbers += sum(c * (spec.input_size // stride) ** 2 for name, stride, c in spec.pyramid if name in taps)
         return 2 * (numbers + self.model.classes * spec.mask_size**2)
 
-    @staticmethod
-    def _halved(features: Features, target: Tensor) -> tuple[Features, Tensor]:
-        return features.to("cpu", torch.float16), target.to("cpu", torch.float16)
+    def _halved(self, features: Features, target: Tensor) -> tuple[Features, Tensor]:
+        # not pe, which is the same for all: it would double what SAM 1 keeps
+        return replace(features.to("cpu", torch.float16), pe=self._pe), target.to("cpu", torch.float16)
 
 
 def targets(classes: np.ndarray, count: int, transform: SliceTransform) -> Tensor:

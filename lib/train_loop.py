@@ -23,6 +23,7 @@ from torch import Tensor
 from lib.config import TrainRecipe
 from lib.contracts import Features, PromptSet
 from lib.data.samples import TrainingCase
+from lib.errors import ConfigError
 from lib.evaluate import FeaturesOf, case_dice, encoded, kept, segmented, summary
 from lib.learned import Learned, rows
 from lib.nn.losses import area_bce, dice_loss, soft_iou
@@ -184,7 +185,7 @@ class _Session:
             features, target = run.batches.batch(step)
             loss, parts = step_loss(run.model, features, target, run.recipe.loss, step)
         if not math.isfinite(parts["loss"]):
-            raise FloatingPointError(f"The loss became {parts['loss']} in step {step}. Train again with a smaller lr.")
+            raise ConfigError(f"The loss became {parts['loss']} in step {step}. Train again with a smaller lr.")
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimiser)
         torch.nn.utils.clip_grad_norm_([p for g in self.optimiser.param_groups for p in g["params"]], 1.0)
@@ -254,7 +255,8 @@ class _Session:
         self.run.model.restore(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run began on a CPU
+            self.scaler.load_state_dict(state["scaler"])
         self.trainer.load_state_dict(state["trainer"])
         self.stopper.load_state_dict(state["stopper"])
         self.spent = state["spent"]
@@ -263,7 +265,8 @@ class _Session:
 
     def train(self) -> None:
         """Runs to the end, unless it is there already."""
-        if self.trainer.state.iteration < self.run.recipe.epochs * self.run.steps:
+        stopped = (self.stopper.counter or 0) >= self.run.recipe.patience
+        if self.trainer.state.iteration < self.run.recipe.epochs * self.run.steps and not stopped:
             self.trainer.run()
 
     def finish(self) -> dict[str, Any]:

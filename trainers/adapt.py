@@ -111,7 +111,7 @@ class _Training:
         cases: Sequence[LabelledCase],
     ) -> None:  # fmt: skip
         self.row, self.store = row, store
-        self.labels = labels_of(cases, settings.labels)
+        self.labels = labels_of(cases, settings.labels) if cases else settings.offered  # without any, the next line says so
         self.cases, self.left_out = usable_cases(cases, self.labels)
         self.engine = Engine(replace(settings, prefetch=False))
         self.backbone: Backbone = self.engine.warm()
@@ -187,7 +187,8 @@ class _Training:
         """The live version's scores on today's validation cases; nothing where it fits this backbone no more."""
         if live is None or live.backbone_digest != self.backbone.weights_id:
             return None
-        model = Learned(self.row, self.backbone, len(live.labels), live.recipe["preset"])
+        row = replace(self.row, options=live.recipe.get("options", self.row.options))  # the YAML may have changed
+        model = Learned(row, self.backbone, len(live.labels), live.recipe["preset"])
         model.restore(self.store.tensors(live))
         model.to(self.engine.device()).eval()
         return evaluate(model, self._of("val"), self.labels, encoded(model), own=live.labels)

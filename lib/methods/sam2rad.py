@@ -67,6 +67,11 @@ def build(config: Config, spec: BackboneSpec) -> Sam2Rad:
         raise ConfigError(f"sam2rad.form: expected linear or high_res, received {config.form!r}.")
     if config.classes < 1 or config.tokens < BOX_TOKENS:
         raise ConfigError(f"sam2rad: expected classes >= 1 and tokens >= {BOX_TOKENS}, received {config}.")
+    if not 0 <= config.max_level <= 2 or min(config.lora_rank, config.last_blocks) < 0 or config.bottleneck_width < 1:
+        raise ConfigError(
+            "sam2rad: expected max_level 0 to 2, lora_rank and last_blocks >= 0 and bottleneck_width >= 1, received "
+            f"{config}."
+        )
     return Sam2Rad(config, spec)
 
 

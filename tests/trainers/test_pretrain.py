@@ -42,7 +42,16 @@ def recipe() -> Recipe:
     backbone = {"module": "compact", "spec": spec, "size": SMALL}
     steps, silent = (3, 3), (0.5, 0.5)
     return Recipe(
-        backbone, synthetic=6, side=64, sides=(32, 64), steps=steps, batch=2, objects=2, silent=silent, warmup=2
+        backbone,
+        synthetic=6,
+        side=64,
+        sides=(32, 64),
+        connected=(0.0, 0.85),
+        steps=steps,
+        batch=2,
+        objects=2,
+        silent=silent,
+        warmup=2,
     )
 
 

@@ -60,9 +60,7 @@ def make() -> Callable[[str], Any]:
 def learn(make) -> Callable[..., Learned]:
     """Function to a learned model in eval mode; ``seed`` is that of the method's weights."""
 
-    def build(
-        method: str, backbone: Any, options: dict[str, Any], preset: str = "frozen", *, seed: int = 1
-    ) -> Learned:
+    def build(method: str, backbone: Any, options: dict[str, Any], preset: str = "frozen", *, seed: int = 1) -> Learned:
         owner = make(backbone) if isinstance(backbone, str) else backbone
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
