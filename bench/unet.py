@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lib.data.geometry import put_slice
 from lib.data.samples import TrainingCase
-from lib.data.views import augmented
+from lib.data.views import MOVES, augmented
 from lib.train_data import Slice, all_slices, axis_of
 
 FILTERS = (16, 32, 64, 128, 128)
@@ -47,7 +47,7 @@ def train(cases: Sequence[TrainingCase], classes: int, budget_s: float, seed: in
         for group in optimiser.param_groups:
             group["lr"] = 1e-3 * (0.05 + 0.475 * (1 + np.cos(np.pi * spent / budget_s)))
         chosen = [slices[i] for i in rng.choice(len(slices), min(BATCH, len(slices)), replace=False)]
-        pairs = [augmented(s.pixels(), s.classes(), int(rng.integers(2**31)), intensity=True) for s in chosen]
+        pairs = [augmented(s.pixels(), s.classes(), int(rng.integers(2**31)), MOVES["mild"]) for s in chosen]
         x = torch.stack([_input(p, size) for p, _ in pairs])
         y = torch.stack([_pad(torch.from_numpy(t).float(), size) for _, t in pairs])[:, None]
         optimiser.zero_grad()

@@ -74,8 +74,10 @@ class LearnedTask(EngineTask):
 
 
 def _shown(assisted: AssistedEngine) -> tuple[Optional[str], tuple[str, ...]]:
-    """Name and labels of the live version for ``/info/``, which must list the other tasks also where a store is damaged;
-    whoever asks for a segmentation is told."""
+    """Name and labels of the live version for ``/info/``.
+
+    A damaged store hides no other task there; whoever asks for a segmentation is told.
+    """
     try:
         version = assisted.live_version()
     except AppError as error:

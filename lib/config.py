@@ -145,6 +145,7 @@ class TrainRecipe:
         preset: ``frozen``, ``adapters``, ``full``, or ``auto``: ``full`` for ``compact``, else ``adapters`` on a GPU,
             ``frozen`` without one.
         loss: name of a loss preset of the method.
+        augment: ``mild``, or ``paper``: flips and turns of up to 90 degrees too.
         epochs: at most; early stopping ends sooner.
         steps: optimiser steps per epoch; 0 takes as many as the slices fill batches, at least 20.
         batch: slices per step.
@@ -159,6 +160,7 @@ class TrainRecipe:
 
     preset: str = "auto"
     loss: str = "plain"
+    augment: str = "mild"
     epochs: int = 30
     steps: int = 0
     batch: int = 8

@@ -19,8 +19,9 @@ from lib.config import TrainRecipe
 from lib.contracts import Features
 from lib.data.geometry import choose_axis, slice_of, slice_view
 from lib.data.samples import TrainingCase, training_slices
-from lib.data.views import augmented
+from lib.data.views import MOVES, augmented
 from lib.data.window import apply_window
+from lib.errors import ConfigError
 from lib.learned import Learned
 from lib.transform import SliceTransform
 
@@ -66,9 +67,14 @@ class Batches:
         model: asked for features; its encoder is frozen or not.
         slices: to draw from.
         recipe: batch, views, memory and seed.
+
+    Raises:
+        ConfigError: for an unknown augmentation.
     """
 
     def __init__(self, model: Learned, slices: Sequence[Slice], recipe: TrainRecipe) -> None:
+        if recipe.augment not in MOVES:
+            raise ConfigError(f"augment: expected one of {list(MOVES)}, received {recipe.augment!r}.")
         self.model, self.slices, self.recipe = model, list(slices), recipe
         self.views = 0 if model.changes_encoder else self._fitting_views()
         self._kept: list[list[tuple[Features, Tensor]]] = []
@@ -115,7 +121,7 @@ class Batches:
         pixels, classes = one.pixels(), one.classes()
         if view:
             seed = np.random.SeedSequence((self.recipe.seed, one.index, view)).generate_state(1)[0]
-            pixels, classes = augmented(pixels, classes, int(seed), intensity=True)
+            pixels, classes = augmented(pixels, classes, int(seed), MOVES[self.recipe.augment])
         transform = SliceTransform(self.model.spec, classes.shape)  # type: ignore[arg-type]
         return transform.image(pixels), targets(classes, self.model.classes, transform)
 

@@ -19,7 +19,8 @@ from lib.engine import Engine
 from lib.learned import Learned
 from lib.train_data import Batches, all_slices
 from lib.train_loop import Run, fit
-from lib.versions import Trained, Version, VersionStore, open_store
+from lib.versions import VersionStore, open_store
+from lib.versions.record import Trained, Version
 
 LABELS = ("big", "small one")
 SHAPE = (32, 36, 6)

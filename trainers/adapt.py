@@ -30,10 +30,12 @@ from lib.evaluate import encoded, evaluate
 from lib.learned import PRESETS, Learned
 from lib.train_data import Batches, all_slices
 from lib.train_loop import BEST, PROGRESS, STATE, Run, fit, write_json
-from lib.versions import Trained, Version, VersionStore, beats, open_store
+from lib.versions import VersionStore, open_store
+from lib.versions.gate import beats
+from lib.versions.record import Trained, Version
 
 logger = logging.getLogger(__name__)
-SHOWN = ("preset", "loss", "epochs", "batch", "views", "lr", "backbone_lr", "patience", "memory_mb", "seed")
+SHOWN = ("preset", "loss", "augment", "epochs", "batch", "views", "lr", "backbone_lr", "patience", "memory_mb", "seed")
 
 
 class AdaptTask(TrainTask):
@@ -72,9 +74,15 @@ class AdaptTask(TrainTask):
         try:
             return _Training(self._row, self._settings, store, request, stored_cases(datastore)).run()
         except AppError as error:
-            store.folder.mkdir(parents=True, exist_ok=True)
-            write_json(store.folder / PROGRESS, {**self.stats(), "error": str(error)})
+            self._tell_error(store, str(error))
             raise MONAILabelException(MONAILabelError.INVALID_INPUT, str(error)) from error
+        except Exception as error:  # such as a GPU's memory; its text may name files
+            self._tell_error(store, f"{type(error).__name__}: the server's log says more.")
+            raise
+
+    def _tell_error(self, store: VersionStore, sentence: str) -> None:
+        store.folder.mkdir(parents=True, exist_ok=True)
+        write_json(store.folder / PROGRESS, {**self.stats(), "error": sentence})
 
 
 def stored_cases(datastore: Datastore) -> list[LabelledCase]:
@@ -111,7 +119,8 @@ class _Training:
         cases: Sequence[LabelledCase],
     ) -> None:  # fmt: skip
         self.row, self.store = row, store
-        self.labels = labels_of(cases, settings.labels) if cases else settings.offered  # without any, the next line says so
+        # without cases the next line says what is missing
+        self.labels = labels_of(cases, settings.labels) if cases else settings.offered
         self.cases, self.left_out = usable_cases(cases, self.labels)
         self.engine = Engine(replace(settings, prefetch=False))
         self.backbone: Backbone = self.engine.warm()

@@ -70,8 +70,14 @@ def lora(pattern: str, rank: int) -> Injector:
 
 
 def bottleneck(pattern: str, backbone: Any, width: int = 64) -> list[Injector]:
-    """A bottleneck before every encoder block that matches; a block's width is what its attention takes in."""
+    """A bottleneck before every encoder block that matches; a block's width is what its attention takes in.
+
+    Raises:
+        ValueError: for a pattern that matches nothing.
+    """
     names = [n for n in backbone.paths if re.fullmatch(pattern, n)]
+    if not names:
+        raise ValueError(f"{backbone.spec.name} has no layer {pattern!r}.")
 
     def around(name: str) -> Wrap:
         channels = backbone.get_submodule(backbone.paths[f"{name}.attn.qkv"]).in_features

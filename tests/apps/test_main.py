@@ -17,6 +17,8 @@ from monailabel.config import settings
 from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelException
 from monailabel.interfaces.utils.app import app_instance, clear_cache
 
+from lib.versions import open_store
+from tests.cases import LABELS, add_version
 from tests.serving import APP, ROOT
 
 OURS = ("lib", "infers", "trainers")
@@ -57,7 +59,7 @@ def click(**more: Any) -> dict[str, Any]:
 
 def test_app_loads_from_another_directory_and_answers(load) -> None:
     app = load()
-    assert set(app.info()["models"]) == {"sam", "sam_2d"}
+    assert set(app.info()["models"]) == {"sam", "sam_2d", "sam2rad_edit"}
     assert app.infer(click())["params"]["label_names"] == {"object": 1}
     assert sys.path[0] == str(ROOT)
 
@@ -88,6 +90,30 @@ def test_app_writes_nothing_and_loads_no_weights(load, tmp_path: Path) -> None:
 
 def test_app_offers_the_labels_it_is_told(load) -> None:
     assert load(labels="liver, spleen").info()["labels"] == ["liver", "spleen"]
+
+
+def test_app_lists_tasks_and_trainers_and_hides_autonomous_until_a_version_is_live(load, studies: Path) -> None:
+    app = load()
+    info = app.info()
+    assert set(info["models"]) == {"sam", "sam_2d", "sam2rad_edit"}
+    assert info["models"]["sam2rad_edit"]["version_live"] is None
+    assert info["models"]["sam2rad_edit"]["labels"] == {"object": 1}
+    assert set(info["trainers"]) == set(info["train_stats"]) == {"sam2rad"}
+    assert info["trainers"]["sam2rad"]["config"]["preset"][0] == "auto"
+    assert info["train_stats"]["sam2rad"] == {}
+    with pytest.raises(MONAILabelException, match="No trained version of sam2rad is live"):
+        app.infer(click(model="sam2rad"))
+    add_version(open_store(studies / ".autosam", "sam2rad"), app.engine)
+    info = app.info()
+    assert set(info["models"]) == {"sam", "sam_2d", "sam2rad", "sam2rad_edit"}
+    assert info["models"]["sam2rad"]["version_live"] == "v0001"
+    assert list(info["models"]["sam2rad"]["labels"]) == list(LABELS)
+    assert app.infer(click(model="sam2rad"))["params"]["version"] == "v0001"
+
+
+def test_app_asked_about_training_writes_nothing(load, studies: Path) -> None:
+    load().info()
+    assert not (studies / ".autosam").exists()
 
 
 def test_app_unknown_setting_is_told_with_the_nearest_spelling(load) -> None:
@@ -140,7 +166,7 @@ def test_infer_saves_a_label_where_asked(load, studies: Path) -> None:
 
 
 def test_training_child_builds_the_app(studies: Path, conf: dict[str, str], tmp_path: Path) -> None:
-    """The environment and command of upstream's training job; it has no trainer yet and says so."""
+    """The environment and command of upstream's training job; an unknown trainer is refused."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("MONAI_")}
     env.update(
         MONAI_LABEL_APP_DIR=str(APP),

@@ -95,6 +95,21 @@ def test_embedding_cache_survives_restart_bit_equal(tmp_path: Path, high: bool) 
     assert (again.high_res is None) == (not high)
 
 
+def test_embedding_cache_keeps_taps_through_a_restart(tmp_path: Path) -> None:
+    tapped = Features(torch.zeros(1, 16, 2, 2), PE, None, {"stride8": torch.full((1, 4, 4, 4), 0.5)})
+    EmbeddingCache(1 << 20, tmp_path, 1 << 20).get(key(), lambda: tapped, PE)
+    again, source = EmbeddingCache(1 << 20, tmp_path, 1 << 20).get(key(), features, PE)
+    assert source == "disk_hits"
+    assert list(again.taps) == ["stride8"] and torch.equal(again.taps["stride8"], tapped.taps["stride8"].half())
+
+
+def test_embedding_cache_knows_what_is_in_memory(tmp_path: Path) -> None:
+    cache = EmbeddingCache(1 << 20, tmp_path, 0)
+    assert key() not in cache
+    cache.get(key(), features, PE)
+    assert key() in cache and key(1) not in cache
+
+
 @pytest.mark.parametrize(
     "change",
     [{"content_hash": "d"}, {"axis": 1}, {"index": 5}, {"window": "0:2"}, {"weights_id": "x"}, {"backbone": "y"}],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import threading
@@ -285,3 +286,32 @@ def test_follow_with_a_box_that_the_walk_misses_uses_the_box(engine: Engine, ima
     engine.segment(engine.open(image), prompts)
     boxes = torch.cat([b for b in seen if b is not None])
     assert (boxes[:, :2] < boxes[:, 2:]).all()
+
+
+def test_features_of_another_backbone_or_with_taps_have_entries_of_their_own(engine: Engine, image: Path) -> None:
+    volume, plain = engine.open(image), engine.warm()
+    adapted: Any = copy.deepcopy(plain)
+    adapted.weights_id = "adapted"
+    with torch.no_grad():
+        next(adapted.parameters()).mul_(2.0)
+    sources = [
+        engine.features(volume, 2, 4, backbone, taps)[1]
+        for backbone, taps in ((None, ()), (plain, ()), (adapted, ()), (plain, ("stride8",)), (adapted, ()))
+    ]
+    assert sources == ["misses", "memory_hits", "misses", "misses", "memory_hits"]
+    own, other = engine.features(volume, 2, 4)[0], engine.features(volume, 2, 4, adapted)[0]
+    assert not torch.equal(own.embed, other.embed)
+    assert engine.features(volume, 2, 4, plain, ("stride8",))[0].taps["stride8"].shape == (1, 16, 8, 8)
+
+
+def test_stack_is_the_slices_one_by_one(engine: Engine, image: Path) -> None:
+    volume, backbone = engine.open(image), engine.warm()
+    engine.features(volume, 2, 3)
+    together, sources = engine.stack(volume, 2, range(2, 6), backbone)
+    assert sources == {"memory_hits": 1, "misses": 3}
+    for n, index in enumerate(range(2, 6)):
+        one = engine.features(volume, 2, index)[0]
+        row = together.row(n)
+        assert torch.equal(row.embed, one.embed)
+        assert row.high_res is not None and one.high_res is not None
+        assert all(torch.equal(a, b) for a, b in zip(row.high_res, one.high_res))

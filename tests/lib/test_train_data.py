@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +9,12 @@ import pytest
 import torch
 
 from lib.config import TrainRecipe
-from lib.data.samples import TrainingCase
+from lib.data.samples import TrainingCase, load_case
 from lib.engine import Engine
 from lib.learned import Learned
-from lib.train_data import Batches, Slice, all_slices, axis_of, targets
+from lib.train_data import Batches, all_slices, axis_of, targets
 from lib.transform import SliceTransform
-from tests.cases import cases, learned, recipe, settings, write_case
+from tests.cases import LABELS, cases, learned, recipe, settings, write_case
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +34,10 @@ def frozen(engine: Engine) -> Learned:
 
 # shape of the slice, rows and columns of class 2, cells of the 16 x 16 mask grid with their share
 SHARES = [
-    ((64, 64), slice(0, 4), slice(0, 4), {(0, 0): 1.0, (0, 1): 0.0}),
-    ((64, 64), slice(0, 4), slice(2, 4), {(0, 0): 0.5}),
-    ((64, 64), slice(2, 4), slice(2, 4), {(0, 0): 0.25, (1, 1): 0.0}),
-    ((32, 64), slice(30, 32), slice(60, 64), {(15, 15): 1.0, (14, 15): 0.0}),
-    ((32, 64), slice(31, 32), slice(60, 64), {(15, 15): 0.5}),
+    ((64, 64), slice(0, 64), slice(0, 34), {(3, 3): 1.0, (8, 8): 0.5, (5, 12): 0.0}),  # the edge is inside cell 8
+    ((64, 64), slice(0, 22), slice(0, 64), {(3, 3): 1.0, (5, 8): 0.5, (8, 3): 0.0}),
+    ((32, 64), slice(0, 17), slice(0, 64), {(6, 3): 1.0, (8, 8): 0.5, (10, 3): 0.0}),  # squashed: 2 rows per cell
+    ((32, 128), slice(0, 17), slice(64, 128), {(6, 12): 1.0, (8, 12): 0.5, (6, 4): 0.0}),
 ]
 
 
@@ -51,19 +49,17 @@ def test_targets_are_shares_of_cells(frozen: Learned, shape, rows, columns, shar
     assert got.shape == (2, 16, 16)
     assert got[0].sum() == 0
     assert {cell: float(got[1][cell]) for cell in shares} == pytest.approx(shares)
-    assert float(got[1].sum()) * shape[0] * shape[1] / 256 == pytest.approx((classes == 2).sum())
+    assert float(got[1].mean()) == pytest.approx((classes == 2).mean(), abs=0.01)
 
 
 def test_all_slices_follow_each_volumes_own_axis(tmp_path: Path) -> None:
-    from lib.data.samples import load_case
-    from tests.cases import LABELS
-
     flat = load_case(write_case(tmp_path, "flat", 0), LABELS)
     side = load_case(write_case(tmp_path, "side", 1, spacing=(5, 1, 1)), LABELS)
     slices = all_slices([flat, side])
     assert (axis_of(flat), axis_of(side)) == (2, 0)
     assert {(s.case.case, s.axis) for s in slices} == {("flat", 2), ("side", 0)}
-    assert slices[-1].pixels().shape == slices[-1].classes().shape == (36, 6)[:: 1 if slices[-1].axis == 2 else -1]
+    assert slices[-1].pixels().shape == slices[-1].classes().shape
+    assert set(slices[-1].pixels().shape) == {36, 6}
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -159,8 +155,3 @@ def test_views_of_a_slice_move_image_and_target_together(frozen: Learned, found:
         outside = target.sum(0) == 0
         if inside.any():
             assert grey[inside].mean() > grey[outside].mean() + 0.3
-
-
-def test_slice_reads_its_own_case(found: list[TrainingCase]) -> None:
-    other = replace(found[1], target=found[1].target[:, :, ::-1])
-    assert np.array_equal(Slice(other, 2, 0).classes(), Slice(found[1], 2, 5).classes())

@@ -21,7 +21,10 @@ from safetensors.numpy import save_file
 
 from lib import versions
 from lib.errors import ConfigError, WeightsError
-from lib.versions import Trained, Version, VersionStore, beats, check_fits, main, open_store
+from lib.versions import VersionStore, open_store
+from lib.versions.__main__ import main
+from lib.versions.gate import beats, check_fits
+from lib.versions.record import Trained, Version
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINED = Trained(
@@ -127,7 +130,7 @@ def test_failed_write_leaves_nothing_visible_and_live_alone(store, content, erro
     assert store.add(write, TRAINED).name == "v0002"
 
 
-@pytest.mark.parametrize("broken", ["_write_text", "_sync_folder", "_write_model"])
+@pytest.mark.parametrize("broken", ["write_text", "sync_folder", "write_model"])
 def test_full_disk_at_any_step_of_adding_leaves_nothing(store, monkeypatch, broken) -> None:
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -310,7 +313,7 @@ def test_stamp_differs_after_every_change_even_within_a_tick_or_with_a_clock_set
 
 
 @pytest.mark.parametrize(
-    "broken", ["os.replace", "os.utime", "lib.versions._write_text", "lib.versions.VersionStore._record"]
+    "broken", ["os.replace", "os.utime", "lib.versions.write_text", "lib.versions.VersionStore._record"]
 )
 def test_failed_promotion_leaves_the_live_version(store, monkeypatch, broken) -> None:
     fill(store, 3)

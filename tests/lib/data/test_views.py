@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from lib.data import views
-from lib.data.views import augmented
+from lib.data.views import MOVES, Moves, augmented
 
 SEEDS = range(80)
 
@@ -51,8 +51,8 @@ def test_view_of_colour_moves_every_channel_alike():
 def test_views_are_equal_for_equal_seeds_and_leave_their_input_and_global_generators_alone():
     pixels, target = blob()
     before = (pixels.copy(), target.copy(), torch.get_rng_state(), np.random.get_state()[1].copy())
-    first = [augmented(pixels, target, seed, intensity=True) for seed in SEEDS]
-    again = [augmented(pixels, target, seed, intensity=True) for seed in SEEDS]
+    first = [augmented(pixels, target, seed, Moves(intensity=True)) for seed in SEEDS]
+    again = [augmented(pixels, target, seed, Moves(intensity=True)) for seed in SEEDS]
     for (a, b), (c, d) in zip(first, again):
         np.testing.assert_array_equal(a, c)
         np.testing.assert_array_equal(b, d)
@@ -69,13 +69,13 @@ def test_view_without_any_move_is_the_slice(monkeypatch):
     np.testing.assert_array_equal(classes, target)
 
 
-def test_views_by_flips_alone_are_exact_and_each_happens(monkeypatch):
-    only(monkeypatch, ROTATION=0.0, SHIFT=0.0, CROP=1.0)
+def test_views_by_flips_alone_are_exact_and_each_happens():
+    flips = Moves(rotation=0.0, shift=0.0, crop=1.0)
     pixels, target = blob(31, 48)
     target[3, 5] = 7
     seen = []
     for seed in range(40):
-        _, classes = augmented(pixels, target, seed)
+        _, classes = augmented(pixels, target, seed, flips)
         equal = [
             k for k, f in enumerate([(1, 1), (-1, 1), (1, -1), (-1, -1)]) if (classes == target[:: f[0], :: f[1]]).all()
         ]
@@ -85,7 +85,7 @@ def test_views_by_flips_alone_are_exact_and_each_happens(monkeypatch):
 
 
 def moves(seed, size=(100, 200)):
-    return views._matrix(np.random.default_rng(seed), size)
+    return views._matrix(np.random.default_rng(seed), size, MOVES["paper"])
 
 
 def test_moves_stay_in_the_papers_ranges_and_come_half_of_the_time():
@@ -105,19 +105,20 @@ def test_moves_stay_in_the_papers_ranges_and_come_half_of_the_time():
     assert (np.linalg.det(matrices[:, :2, :2]) < 0).mean() == pytest.approx(0.5, abs=0.04)
 
 
-def test_crops_alone_stay_inside_the_slice(monkeypatch):
-    only(monkeypatch, ROTATION=0.0, SHIFT=0.0)
+def test_crops_alone_stay_inside_the_slice():
+    crops = Moves(rotation=0.0, shift=0.0)
     pixels, target = np.ones((40, 60), np.float32), np.ones((40, 60), np.uint8)
     for seed in SEEDS:
-        moved, classes = augmented(pixels, target, seed)
+        moved, classes = augmented(pixels, target, seed, crops)
         assert moved.min() > 0.49 and classes.all()
 
 
 def test_view_outside_the_slice_is_zero(monkeypatch):
-    only(monkeypatch, PROBABILITY=1.1, ROTATION=0.0, CROP=1.0)
+    only(monkeypatch, PROBABILITY=1.1)
+    moves = Moves(rotation=0.0, crop=1.0)
     ones = np.ones((64, 64), np.float32)
     for seed in range(20):
-        moved, classes = augmented(ones, ones.astype(np.uint8), seed)
+        moved, classes = augmented(ones, ones.astype(np.uint8), seed, moves)
         assert (classes != (moved > 0.5)).sum() <= 1  # the corner, where two borders fade
         rows, columns = classes.any(1).sum(), classes.any(0).sum()
         assert min(rows, columns) >= 64 * 0.8 - 1 and classes.sum() == rows * columns
@@ -129,10 +130,17 @@ def test_intensity_is_an_option_that_leaves_geometry_and_black_alone():
     changed = 0
     for seed in SEEDS:
         (plain, classes), (moved, same) = augmented(pixels, target, seed), augmented(
-            pixels, target, seed, intensity=True
+            pixels, target, seed, Moves(intensity=True)
         )
         np.testing.assert_array_equal(classes, same)
         assert (moved[plain == 0] == 0).all() and moved.max() <= 1
         assert np.abs(moved - plain).max() < 0.22
         changed += not np.array_equal(moved, plain)
     assert changed / len(SEEDS) == pytest.approx(0.3, abs=0.1)
+
+
+def test_mild_views_keep_the_orientation():
+    for seed in range(300):
+        matrix = views._matrix(np.random.default_rng(seed), (100, 200), MOVES["mild"])
+        assert np.linalg.det(matrix[:2, :2]) > 0
+        assert abs(np.degrees(np.arctan2(matrix[1, 0], matrix[0, 0]))) <= 15 + 1e-9

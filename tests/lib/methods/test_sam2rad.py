@@ -166,8 +166,8 @@ def test_losses_of_absent_classes_teach_objectness_only(preset) -> None:
     parts = losses(preset, said, made, torch.zeros(2, 16, 16), SPEC)
     total = torch.stack(list(parts.values())).sum()
     assert torch.isfinite(total)
-    assert {k: float(v) for k, v in parts.items() if k != "objectness"} == {"mask": 0.0, "box": 0.0, "interim": 0.0}
-    assert float(parts["objectness"]) == pytest.approx(
+    assert {k: v.item() for k, v in parts.items() if k != "objectness"} == {"mask": 0.0, "box": 0.0, "interim": 0.0}
+    assert parts["objectness"].item() == pytest.approx(
         (LN2 + 0.05 * -math.log(0.880797) + 0.95 * -math.log(0.119203)) / 2, rel=1e-4
     )
     total.backward()
@@ -181,7 +181,7 @@ def test_losses_by_hand() -> None:
     said, made = answer(torch.zeros(2, 16, 16), [0.0, 0.0]), proposal(
         [[0.25, 0.25, 0.75, 0.5]] * 2, torch.zeros(2, 1, 16, 16)
     )
-    parts = {k: float(v) for k, v in losses("sam2rad", said, made, target, SPEC).items()}
+    parts = {k: v.item() for k, v in losses("sam2rad", said, made, target, SPEC).items()}
     dice = 1 - (2 * 16 + 1) / (128 + 32 + 1)
     focal = (0.7 * 32 + 0.3 * 224) / 256 * 0.125 * LN2
     interim = (0.6 * 32 + 0.4 * 224) / 256 * 0.125 * LN2
@@ -189,7 +189,7 @@ def test_losses_by_hand() -> None:
         {"mask": 0.5 * (dice + 10 * focal), "objectness": LN2, "box": 0.0, "interim": 100 * interim}, rel=1e-5, abs=1e-5
     )
     area = 0.25 * 256 * LN2 / (32 + 2.56)
-    plain = {k: float(v) for k, v in losses("plain", said, made, target, SPEC).items()}
+    plain = {k: v.item() for k, v in losses("plain", said, made, target, SPEC).items()}
     assert plain == pytest.approx(
         {"mask": dice + area, "objectness": LN2, "box": 0.0, "interim": dice + LN2}, rel=1e-5, abs=1e-5
     )
@@ -201,7 +201,7 @@ def test_class_of_a_few_pixels_teaches_objectness_only(value, counts) -> None:
     target[0, 3, 3] = value  # 16 input pixels per cell
     said, made = answer(torch.zeros(1, 16, 16), [3.0]), proposal([[0.1, 0.1, 0.9, 0.9]], torch.zeros(1, 1, 16, 16))
     parts = losses("sam2rad", said, made, target, SPEC)
-    assert all((float(parts[k]) > 0) == counts for k in ("mask", "box", "interim"))
+    assert all((parts[k].item() > 0) == counts for k in ("mask", "box", "interim"))
     parts["objectness"].backward()
     assert float(said.obj.grad) == pytest.approx(torch.sigmoid(torch.tensor(3.0)).item() - 0.95, abs=1e-6)
 
@@ -215,7 +215,7 @@ def test_losses_average_over_present_pairs_only() -> None:
     alone = losses(
         "sam2rad", answer(masks[:1].clone(), [0.0]), proposal(boxes[:1], interim[:1].clone()), target[:1], SPEC
     )
-    assert all(float(whole[k]) == pytest.approx(float(alone[k]), rel=1e-5) for k in ("mask", "box", "interim"))
+    assert all(whole[k].item() == pytest.approx(alone[k].item(), rel=1e-5) for k in ("mask", "box", "interim"))
 
 
 def test_losses_without_interim_parts() -> None:
@@ -224,5 +224,23 @@ def test_losses_without_interim_parts() -> None:
 
 
 def test_unknown_loss_preset_is_refused() -> None:
-    with pytest.raises(ConfigError, match="loss: expected one of .*sam2rad.*, received 'promise'"):
+    with pytest.raises(ConfigError, match=r"loss: expected one of .*sam2rad.*, received 'promise'"):
         losses("promise", answer(torch.zeros(1, 16, 16), [0.0]), Proposal(PromptSet()), torch.ones(1, 16, 16), SPEC)
+
+
+@pytest.mark.parametrize(
+    "part, trained",
+    [
+        ("boxes_xy", "predictor.box_head.2.weight"),
+        ("masks", "predictor.mask_head.6.weight"),
+        ("tokens", "predictor.blocks.0.mlp.2.weight"),
+    ],
+)
+def test_prompts_carry_the_gradient(part, trained) -> None:
+    """Beside the losses on box and interim mask, what the decoder makes of the prompts teaches them."""
+    torch.manual_seed(0)
+    method = build(Config(classes=2), SPEC)
+    prompts = method.propose(features()).prompts
+    getattr(prompts, part).square().sum().backward()
+    assert method.get_parameter(trained).grad.abs().max() > 0
+    assert method.queries.grad.flatten(1).abs().amax(1).min() > 0  # of every class

@@ -6,7 +6,25 @@ import numpy as np
 import pytest
 import torch
 
-from lib.prompts.simulate import box_of, error_clicks, inscribed_ellipse, next_click, random_boxes, random_points
+from lib.contracts import PromptSet
+from lib.prompts.simulate import (
+    MAX_POINTS,
+    box_of,
+    error_clicks,
+    inscribed_ellipse,
+    next_click,
+    random_boxes,
+    random_points,
+    user_prompts,
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def square(r0: int, c0: int, r1: int, c1: int) -> np.ndarray:
@@ -57,3 +75,69 @@ def test_error_clicks_labels() -> None:
     predicted = torch.from_numpy(np.stack([square(10, 10, 30, 15), square(5, 5, 35, 35), square(10, 10, 30, 30)]))
     _, labels = error_clicks(target, predicted, 1.0, torch.Generator().manual_seed(0))
     assert labels[:, 0].tolist() == [1, 0, -1]
+
+
+def drawn(seed: int, count: int = 40) -> tuple[torch.Tensor, torch.Tensor, PromptSet]:
+    """Targets, predictions and prompts of pairs that are all wrong in another way, the last one not at all."""
+    rng = np.random.default_rng(seed)
+    corners, sides = rng.integers(0, 22, (2, count, 2)), rng.integers(5, 18, (2, count, 2))
+    target, predicted = (
+        torch.from_numpy(np.stack([square(r, c, r + h, c + w) for (r, c), (h, w) in zip(at, size)]))
+        for at, size in zip(corners, sides)
+    )
+    predicted[-1] = target[-1]
+    return target, predicted, user_prompts(target, predicted, 4.0, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_user_prompts_give_every_pair_something(seed) -> None:
+    target, _, prompts = drawn(seed)
+    pointed, boxed = (prompts.labels >= 0).any(1), prompts.boxes_xy.isfinite().all(1)
+    assert (pointed | boxed | prompts.mask_given).all()
+    assert set(prompts.labels.unique().tolist()) == {-1, 0, 1}
+    assert ((prompts.labels >= 0).sum(1) <= MAX_POINTS).all()
+    assert torch.equal(prompts.boxes_xy.isnan().any(1), prompts.boxes_xy.isnan().all(1))
+    assert prompts.masks.shape == (len(target), 1, 40, 40) and set(prompts.masks.unique().tolist()) == {-6.0, 6.0}
+    assert (prompts.masks > 0).flatten(1).any(1).all()
+    assert prompts.pairs == len(target)
+
+
+def test_user_prompts_are_drawn_as_often_as_promised() -> None:
+    sets = [drawn(seed)[2] for seed in range(15)]  # 600 pairs: three standard errors are 0.06
+    boxed = torch.cat([p.boxes_xy.isfinite().all(1) for p in sets]).float().mean()
+    masked = torch.cat([p.mask_given for p in sets]).float().mean()
+    pointed = torch.cat([(p.labels >= 0).any(1) for p in sets]).float().mean()
+    assert float(boxed) == pytest.approx(0.5, abs=0.06)
+    assert float(masked) == pytest.approx(0.3, abs=0.06)
+    assert float(pointed) == pytest.approx(1 - 0.5 * (1 - 0.5 * 0.7), abs=0.06)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_user_prompts_boxes_are_within_five_per_cent(seed) -> None:
+    target, _, prompts = drawn(seed)
+    for mask, box in zip(target.numpy(), prompts.boxes_xy.numpy()):
+        if np.isfinite(box).all():
+            r0, c0, r1, c1 = (4 * edge for edge in box_of(mask))
+            slack = 0.05 * np.array([c1 - c0, r1 - r0] * 2) + 1e-3
+            assert (np.abs(box + 0.5 - [c0, r0, c1, r1]) <= slack).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_user_prompts_points_tell_the_truth(seed) -> None:
+    target, predicted, prompts = drawn(seed)
+    for n, p in (prompts.labels >= 0).nonzero().tolist():
+        x, y = ((prompts.points_xy[n, p] + 0.5) / 4).long().tolist()
+        assert bool(target[n, y, x]) == (prompts.labels[n, p] == 1)
+        if prompts.labels[n, p] == 0:
+            assert predicted[n, y, x]
+    assert prompts.points_xy.isfinite().all()
+    assert (prompts.labels[-1] != 0).all()  # nothing is wrong there
+
+
+def test_user_prompts_are_a_function_of_the_generator() -> None:
+    first, again, other = drawn(3)[2], drawn(3)[2], drawn(3)
+    for name, value in vars(first).items():
+        same = getattr(again, name)
+        assert (value is None and same is None) or torch.equal(torch.nan_to_num(value), torch.nan_to_num(same)), name
+    changed = user_prompts(other[0], other[1], 4.0, torch.Generator().manual_seed(99))
+    assert not torch.equal(torch.nan_to_num(first.boxes_xy), torch.nan_to_num(changed.boxes_xy))

@@ -1,0 +1,438 @@
+"""The train task on upstream's local store: what it takes, what it refuses, what goes live and what survives a kill."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from monailabel.datastore.local import LocalDatastore
+from monailabel.interfaces.exception import MONAILabelException
+
+from lib import train_loop
+from lib.errors import WeightsError
+from lib.evaluate import evaluate
+from lib.learned import Learned
+from lib.versions import VersionStore
+from tests.cases import LABELS, ROW, draw, settings, store_at, write_case
+from trainers import adapt
+from trainers.adapt import AdaptTask, declared, stored_cases
+
+SHORT = {"preset": "frozen", "epochs": 1, "steps": 2, "batch": 4, "views": 1, "client_id": "someone"}
+INFO = {"label_info": [{"name": name, "idx": n} for n, name in enumerate(LABELS, 1)], "model": "sam2rad_edit"}
+
+
+class KilledError(Exception):
+    """Stands for the end of the training child."""
+
+
+class World:
+    """A store of upstream's, the task and its versions."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.studies = folder, folder / "studies"
+        self.studies.mkdir()
+        self.versions: VersionStore = store_at(folder)
+        self.task = self.new_task()
+
+    def new_task(self, **conf: str) -> AdaptTask:
+        return AdaptTask(ROW, settings(self.folder, **conf), self.folder / "state")
+
+    def add(self, name: str, seed: int, classes: np.ndarray | None = None, info: dict[str, Any] | None = INFO) -> None:
+        """An image with a final label, saved as the server saves it."""
+        case = write_case(self.folder / "new", name, seed, classes)
+        (self.studies / case.image.name).write_bytes(case.image.read_bytes())
+        self.store().save_label(name, str(case.label), "final", json.loads(json.dumps(info)))
+
+    def fill(self, count: int = 4) -> World:
+        for n in range(count):
+            self.add(f"c{n}", n)
+        return self
+
+    def store(self) -> LocalDatastore:
+        return LocalDatastore(str(self.studies), extensions=["*.nii.gz"], auto_reload=False)
+
+    def train(self, **request: Any) -> dict[str, Any]:
+        return self.task({**SHORT, **request}, self.store())
+
+    def files(self) -> dict[str, bytes]:
+        """All that decides what answers."""
+        folder = self.versions.folder
+        found = [folder / "live.json", folder / "history.jsonl", *folder.glob("versions/*/*")]
+        return {str(p.relative_to(folder)): p.read_bytes() for p in found if p.exists()}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+@pytest.fixture
+def dice(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets the mean Dice that the next trainings reach."""
+    reached: list[float] = []
+    fit = adapt.fit
+    monkeypatch.setattr(adapt, "fit", lambda *a: {**fit(*a), "mean_dice": reached[-1]})
+    return reached.append
+
+
+# from the store
+
+
+def test_stored_cases_are_images_with_a_final_label(world: World) -> None:
+    world.fill(2)
+    (world.studies / "unlabelled.nii.gz").write_bytes((world.studies / "c0.nii.gz").read_bytes())
+    (world.studies / "guessed.nii.gz").write_bytes((world.studies / "c0.nii.gz").read_bytes())
+    world.store().save_label("guessed", str(world.folder / "new" / "labels_in" / "c0.nii.gz"), "original", dict(INFO))
+    found = stored_cases(world.store())
+    assert [c.case for c in found] == ["c0", "c1"]
+    assert all(c.image.is_file() and c.label.parent.name == "final" for c in found)
+    assert found[0].values == dict(enumerate(LABELS, 1))
+
+
+DECLARED = [
+    ({}, {}),
+    ({"label_info": None, "label_names": None}, {}),
+    ({"label_info": [{"name": "liver", "idx": 1}, {"name": "spleen", "idx": 2}]}, {1: "liver", 2: "spleen"}),
+    ({"label_info": [{"name": "liver", "id": 3}]}, {3: "liver"}),
+    ({"label_info": [{"name": "background", "idx": 0}, {"name": "liver", "idx": 1}]}, {1: "liver"}),
+    ({"label_info": [{"idx": 1}, {"name": "x"}, {"name": "liver", "idx": "1"}, "liver", None]}, {}),
+    ({"label_names": {"liver": 1, "spleen": 2}}, {1: "liver", 2: "spleen"}),
+    ({"label_names": {"background": 0, "liver": 1, "odd": "2"}}, {1: "liver"}),
+    ({"label_names": ["liver"]}, {}),
+    ({"label_info": [{"name": "drawn", "idx": 1}], "label_names": {"proposed": 1, "other": 2}}, {1: "drawn"}),
+]
+
+
+@pytest.mark.parametrize(("info", "expected"), DECLARED)
+def test_declared_table(info: dict[str, Any], expected: dict[int, str]) -> None:
+    assert declared(info) == expected
+
+
+def test_config_offers_the_default_first(world: World) -> None:
+    config = world.task.config()
+    assert config["preset"] == ["auto", "frozen", "adapters", "full"]
+    assert all(config[key] == getattr(ROW.recipe, key) for key in ("epochs", "loss", "lr", "patience"))
+    json.dumps(world.task.info())
+
+
+# bad input
+
+
+def other_grid(world: World) -> None:
+    image = nib.load(world.folder / "new" / "labels_in" / "c0.nii.gz")
+    small = nib.Nifti1Image(np.asarray(image.dataobj)[:-1], image.affine)
+    nib.save(small, world.studies / "labels" / "final" / "c0.nii.gz")
+
+
+def moved(world: World) -> None:
+    image = nib.load(world.folder / "new" / "labels_in" / "c0.nii.gz")
+    affine = image.affine.copy()
+    affine[0, 3] = 30
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), affine), world.studies / "labels" / "final" / "c0.nii.gz")
+
+
+def broken_image(world: World) -> None:
+    (world.studies / "c0.nii.gz").write_bytes(b"no image" * 20)
+
+
+def empty_label_file(world: World) -> None:
+    (world.studies / "labels" / "final" / "c0.nii.gz").write_bytes(b"")
+
+
+UNUSABLE: list[tuple[Callable[[World], None], str]] = [
+    (other_grid, r"label on its image's grid \(32, 36, 6\); received \(31, 36, 6\)"),
+    (moved, "same shape 30 mm away"),
+    (lambda w: w.add("c0", 0, draw(0)[1] * 7), r"unknown values 7, 14"),
+    (lambda w: w.add("c0", 0, np.zeros_like(draw(0)[1])), "no labelled voxel"),
+    (broken_image, "Case 1 of [24] is left out"),
+    (empty_label_file, "empty file of 0 bytes"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "words"), UNUSABLE)
+def test_unusable_case_leaves_too_few_and_the_message_says_which_and_how_many(world: World, spoil, words: str) -> None:
+    spoil(world.fill(2))
+    with pytest.raises(MONAILabelException, match=words) as caught:
+        world.train()
+    assert "2 final labels found, 1 usable, of 1 patient." in str(caught.value)
+    assert "c0" not in str(caught.value)  # no identifier
+    assert world.task.stats() == {"error": caught.value.msg}
+    assert world.files() == {}
+
+
+@pytest.mark.parametrize(("spoil", "words"), UNUSABLE)
+def test_run_goes_on_with_the_usable_cases(world: World, spoil, words: str) -> None:
+    spoil(world.fill(4))
+    assert world.train()["version"] == "v0001"
+    (sentence,) = world.task.stats()["left_out"]
+    assert sentence.startswith("Case 1 of 4 is left out: ")
+    assert set(world.versions.get("v0001").split) == {"c1", "c2", "c3"}
+
+
+@pytest.mark.parametrize("gone", ["c0.nii.gz", "labels/final/c0.nii.gz"])
+def test_run_goes_on_where_a_file_vanished(world: World, gone: str) -> None:
+    """Between the store's list and the reading, as on a share; a store that is opened anew drops such a case itself."""
+    store = world.fill(4).store()
+    (world.studies / gone).unlink()
+    assert world.task(SHORT, store)["version"] == "v0001"
+    assert len(world.task.stats()["left_out"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([], "no final labels found, 0 usable, of 0 patients. Save final labels for more patients."),
+        (["c0"], "1 final label found, 1 usable, of 1 patient. Save final labels for more patients."),
+        (["p1_frame01", "p1_frame12"], "2 final labels found, 2 usable, of 1 patient."),
+    ],
+)
+@pytest.mark.parametrize("labels", ["", "big, small one"])
+def test_too_few_patients_are_counted(world: World, names: list[str], words: str, labels: str) -> None:
+    for n, name in enumerate(names):
+        world.add(name, n)
+    if not names:
+        (world.studies / "c0.nii.gz").write_bytes(write_case(world.folder / "new", "c0", 0).image.read_bytes())
+    task = world.new_task(**({"labels": labels} if labels else {}))
+    with pytest.raises(MONAILabelException) as caught:
+        task(SHORT, world.store())
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        ({"epochs": "many"}, "epochs: expected a whole number, received 'many'"),
+        ({"lr": 0}, "lr: expected a number above 0"),
+        ({"preset": "huge"}, "preset: expected one of"),
+        ({"loss": "dice"}, "loss: expected one of"),
+        ({"augment": "wild"}, "augment: expected one of"),
+    ],
+)
+def test_wrong_option_is_named(world: World, request_: dict[str, Any], words: str) -> None:
+    with pytest.raises(MONAILabelException, match=words):
+        world.fill(2).train(**request_)
+    assert words.split(":")[0] in world.task.stats()["error"]
+    assert world.files() == {}
+
+
+def test_loss_that_is_no_number_reaches_the_client(world: World, monkeypatch) -> None:
+    monkeypatch.setattr(train_loop, "step_loss", lambda *_: (None, {"loss": float("nan")}))
+    with pytest.raises(MONAILabelException, match="loss became nan in step 1"):
+        world.fill(2).train()
+    assert "smaller lr" in world.task.stats()["error"]
+    assert world.files() == {}
+
+
+# what goes live
+
+
+def test_first_version_that_learned_something_goes_live(world: World) -> None:
+    done = world.fill(4).train(preset="full", epochs=3, steps=25, lr=2e-3, backbone_lr=2e-3)
+    live = world.versions.live()
+    assert done["live"] and live is not None and live.name == done["version"] == "v0001"
+    assert (live.labels, live.backbone, live.backbone_digest) == (LABELS, "tiny", "random-0")
+    assert live.mean_dice is not None and live.mean_dice > 0.1
+    assert set(live.split.values()) == {"train", "val"} and len(live.split) == 4
+    assert live.recipe["preset"] == "full" and live.recipe["options"] == ROW.options
+    stats = world.task.stats()
+    keys = {"epoch", "total_epochs", "best_metric", "total_time", "version", "live", "reason", "left_out"}
+    assert keys <= set(stats)
+    assert stats["epoch"] == stats["total_epochs"] == 3 and stats["live"] is True and "error" not in stats
+    json.dumps(stats, allow_nan=False)
+    runs = world.versions.folder / "runs"
+    assert [p.name for p in runs.iterdir()] == ["v0001"]
+    assert {p.name for p in (runs / "v0001").iterdir()} == {"progress.json", "tensorboard"}
+
+
+def test_progress_is_shown_while_it_trains(world: World, monkeypatch) -> None:
+    seen: list[dict[str, Any]] = []
+    tell = adapt._Training._tell
+    monkeypatch.setattr(adapt._Training, "_tell", lambda t, e: (tell(t, e), seen.append(world.task.stats())))
+    world.fill(4).train(epochs=2)
+    assert "cases to train" in seen[0]["plan"] and "slices" in seen[0]["plan"]
+    assert [s["step"] for s in seen if "step" in s][:3] == [1, 2, 2]
+    assert all(s["plan"] == seen[0]["plan"] for s in seen if "step" in s and "version" not in s)
+    assert seen[-1]["version"] == "v0001"
+
+
+def test_refused_challenger_leaves_the_live_version_untouched(world: World, dice) -> None:
+    dice(0.5)
+    assert world.fill(4).train()["live"]
+    before = world.files()
+    dice(0.0)
+    world.add("c4", 4)
+    done = world.train()
+    assert (done["version"], done["live"]) == ("v0002", False)
+    assert "does not beat" in done["reason"]
+    assert world.versions.live_name() == "v0001"
+    after = world.files()
+    assert all(after[name] == content for name, content in before.items() if name != "history.jsonl")
+    assert [line["decision"] for line in world.versions.history()] == ["promoted", "refused"]
+    assert world.versions.get("v0002").parent == "v0001"
+
+
+def test_better_challenger_goes_live(world: World, dice) -> None:
+    for reached, name in ((0.5, "v0001"), (0.9, "v0002")):  # the incumbent is scored anew, and is a poor one
+        dice(reached)
+        done = world.fill(4).train(seed=int(name[-1]))
+        assert done["live"] and done["version"] == name
+        assert world.versions.live_name() == name
+
+
+def test_incumbent_is_compared_by_name_when_labels_are_added(world: World, dice, monkeypatch) -> None:
+    only_big = {"label_info": INFO["label_info"][:1]}
+    for n in range(4):
+        world.add(f"c{n}", n, np.where(draw(n)[1] == 1, 1, 0).astype(np.uint8), only_big)
+    dice(0.5)
+    world.train()
+    assert world.versions.get("v0001").labels == ("big",)
+    asked: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+
+    def spy(model: Learned, cases: Any, labels: Any, features: Any, own: Any = None) -> dict[str, Any]:
+        asked.append((tuple(labels), tuple(own)))
+        return evaluate(model, cases, labels, features, own=own)
+
+    monkeypatch.setattr(adapt, "evaluate", spy)
+    dice(0.9)
+    done = world.fill(4).train()
+    assert asked == [(LABELS, ("big",))]
+    assert done["live"] and "on the same" in done["reason"]
+    assert world.versions.live().labels == LABELS  # type: ignore[union-attr]
+
+
+def test_incumbent_of_another_backbone_does_not_stand_in_the_way(world: World, dice, monkeypatch) -> None:
+    dice(0.9)
+    world.fill(4).train()
+    monkeypatch.setattr(adapt.Engine, "warm", _renamed(adapt.Engine.warm))
+    dice(0.1)
+    done = world.train()
+    assert done["live"] and "nothing is live" in done["reason"]
+
+
+def _renamed(warm: Callable) -> Callable:
+    def other(engine: Any) -> Any:
+        backbone = warm(engine)
+        backbone.weights_id = "other"
+        return backbone
+
+    return other
+
+
+# kills
+
+
+def test_killed_training_leaves_what_is_live(world: World, dice, monkeypatch) -> None:
+    dice(0.5)
+    world.fill(4).train()
+    before = world.files()
+    monkeypatch.setattr(adapt, "fit", _raise(KilledError()))
+    with pytest.raises(KilledError):
+        world.train(seed=5)
+    assert world.files() == before
+
+
+def _raise(error: Exception) -> Callable:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("where", ["_write_model", "file_digest", "_write_text"])
+def test_killed_while_storing_leaves_no_half_version_and_goes_on_without_training(
+    world: World, monkeypatch, where: str
+) -> None:
+    from lib import versions
+
+    with monkeypatch.context() as patch:
+        patch.setattr(versions, where, _raise(KilledError()))
+        with pytest.raises(KilledError):
+            world.fill(4).train()
+    assert (world.versions.list(), world.versions.live_name()) == ([], None)
+    monkeypatch.setattr(train_loop, "step_loss", _raise(AssertionError("trained again")))
+    assert world.train()["version"] == "v0001"
+    assert [v.name for v in world.versions.list()] == ["v0001"]
+
+
+def test_unforeseen_error_is_told_without_what_it_may_name(world: World, monkeypatch) -> None:
+    monkeypatch.setattr(adapt, "fit", _raise(RuntimeError("out of memory at /studies/patient7")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        world.fill(4).train()
+    assert world.task.stats()["error"] == "RuntimeError: the server's log says more."
+
+
+def test_full_disk_while_storing_is_told(world: World, monkeypatch) -> None:
+    monkeypatch.setattr(VersionStore, "add", _raise(WeightsError("Make room and try again.")))
+    with pytest.raises(MONAILabelException, match="Make room"):
+        world.fill(4).train()
+    stats = world.task.stats()
+    assert stats["error"] == "Make room and try again." and stats["epoch"] == 1
+    assert world.versions.live_name() is None
+
+
+def test_killed_between_storing_and_promoting_leaves_the_old_one_live(world: World, dice, monkeypatch) -> None:
+    dice(0.9)
+    with monkeypatch.context() as patch:
+        patch.setattr(VersionStore, "promote", _raise(KilledError()))
+        with pytest.raises(KilledError):
+            world.fill(4).train()
+    assert [v.name for v in world.versions.list()] == ["v0001"] and world.versions.live_name() is None
+    assert world.train()["live"]
+
+
+def interrupted(world: World, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """A training that is killed after a step."""
+    tell = adapt._Training._tell
+
+    def kill(training: Any, entry: dict[str, Any]) -> None:
+        tell(training, entry)
+        if entry.get("step") == step:
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_loop, "SAVE_S", -1.0)
+        patch.setattr(adapt._Training, "_tell", kill)
+        with pytest.raises(KilledError):
+            world.train(steps=5)
+
+
+def first_step(world: World, monkeypatch: pytest.MonkeyPatch, **request: Any) -> int:
+    seen: list[int] = []
+    tell = adapt._Training._tell
+    with monkeypatch.context() as patch:
+        patch.setattr(adapt._Training, "_tell", lambda t, e: (tell(t, e), seen.append(e.get("step", 0))))
+        world.train(**{"steps": 5, **request})
+    return next(s for s in seen if s)
+
+
+def test_killed_run_goes_on_with_the_same_cases(world: World, monkeypatch) -> None:
+    interrupted(world.fill(4), monkeypatch, 3)
+    assert first_step(world, monkeypatch) == 4
+    assert first_step(world, monkeypatch) == 1  # that run is over, the next is a new one
+
+
+CHANGES: list[tuple[Callable[[World], Any], dict[str, Any]]] = [
+    (lambda w: w.add("c9", 9), {}),  # another case
+    (lambda w: w.add("c0", 0, np.flip(draw(0)[1], 0)), {}),  # a corrected label
+    (lambda w: None, {"lr": 2 * ROW.recipe.lr}),
+    (lambda w: None, {"preset": "full"}),
+]
+
+
+@pytest.mark.parametrize(("change", "request_"), CHANGES)
+def test_killed_run_is_dropped_for_another_question(world: World, monkeypatch, change, request_) -> None:
+    interrupted(world.fill(4), monkeypatch, 3)
+    change(world)
+    assert first_step(world, monkeypatch, **request_) == 1
+
+
+def test_stats_without_a_run_and_with_a_broken_file_are_empty(world: World) -> None:
+    assert world.task.stats() == {}
+    world.versions.folder.mkdir(parents=True)
+    (world.versions.folder / "progress.json").write_text("{")
+    assert world.task.stats() == {}
