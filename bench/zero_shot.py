@@ -1,6 +1,6 @@
 """Zero-shot Dice from simulated prompts on real slices: ``compact``, whatever official checkpoint is there, baselines.
 
-    python -m bench.zero_shot [--backbone NAME ...] [--data-dir DIR] [--cases N] [--no-baselines] [--out FILE]
+    python -m bench.zero_shot [--backbone NAME ...] [--data-dir DIR] [--sets NAME ...] [--cases N] [--no-baselines] [--out FILE]
 
 Hippocampus ``test``, held-back nuclei and all of ACDC: none of it was seen in pretraining, ACDC's domain neither. Every
 slice (across k) where a structure has at least 12 pixels counts; Dice is averaged per case, then over cases. Clicks
@@ -235,6 +235,7 @@ def main() -> int:
     parser.add_argument("--weights-dir", type=Path, default=None)
     parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"))
     parser.add_argument("--cases", type=int, default=None, help="at most so many per data set")
+    parser.add_argument("--sets", nargs="+", default=["hippocampus", "nuclei", "acdc"], help="data sets")
     parser.add_argument("--no-baselines", action="store_true")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
@@ -246,6 +247,8 @@ def main() -> int:
         parts.append(f"## {name}, weights {backbone.weights_id}\n\n{cost(backbone)}")
         print(parts[-1], flush=True)
         for dataset, samples in sources(options.data_dir, options.cases).items():
+            if dataset not in options.sets:
+                continue
             parts.append(report(dataset, backbone, *evaluate(backbone, samples, baselines)))
             print(parts[-1], flush=True)
         baselines = False  # the same for every model

@@ -19,6 +19,11 @@ Content = Union[Mapping[str, "Tensor"], Callable[[Path], None]]  # tensors, or w
 
 
 def check_digest(version: Version, found: str) -> None:
+    """Refuses tensors that are not the ones a version was stored with.
+
+    Raises:
+        WeightsError: if ``found``, their SHA-256, is another.
+    """
     if found != version.sha256:
         raise WeightsError(
             f"{MODEL} of {version.method} {version.name} has SHA-256 {found[:12]}..., expected {version.sha256[:12]}..."
@@ -28,6 +33,11 @@ def check_digest(version: Version, found: str) -> None:
 
 
 def write_model(content: Content, path: Path) -> None:
+    """Writes tensors as safetensors and waits until they are on the disk.
+
+    Raises:
+        WeightsError: if they cannot be written, or there are none.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -49,6 +59,7 @@ def write_model(content: Content, path: Path) -> None:
 
 
 def read_text(path: Path) -> Optional[str]:
+    """Text of a file, or None where there is none."""
     with explained():
         try:
             return path.read_text(encoding="utf-8", errors="replace")
@@ -57,6 +68,7 @@ def read_text(path: Path) -> Optional[str]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes a file and waits until it is on the disk."""
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -64,6 +76,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
+    """Waits until names in a folder are on the disk."""
     if os.name == "nt":  # has no handle on folders
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -75,6 +88,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def explained() -> Iterator[None]:
+    """Turns what the disk says into a sentence."""
     try:
         yield
     except OSError as error:
