@@ -1,6 +1,6 @@
 """Zero-shot Dice from simulated prompts on real slices: ``compact``, whatever official checkpoint is there, baselines.
 
-    python -m bench.zero_shot [--backbone NAME ...] [--data-dir DIR] [--sets NAME ...] [--cases N] [--no-baselines] [--out FILE]
+    python -m bench.zero_shot [--backbone NAME ...] [--sets NAME ...] [--cases N] [--no-baselines] [--out FILE]
 
 Hippocampus ``test``, held-back nuclei and all of ACDC: none of it was seen in pretraining, ACDC's domain neither. Every
 slice (across k) where a structure has at least 12 pixels counts; Dice is averaged per case, then over cases. Clicks
