@@ -32,8 +32,8 @@ from lib.learned import Learned
 from lib.loading import load_backbone
 from lib.train_data import Batches, all_slices
 from lib.train_loop import step_loss
-from lib.versions import open_store
 from lib.versions.record import Trained
+from lib.versions.store import open_store
 
 SHAPE = (256, 216, 10)
 LABELS = ("RV", "Myo", "LV")

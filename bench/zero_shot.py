@@ -98,7 +98,7 @@ class Prompted:
         given = replace(prompt_set(prompts, self.transform), masks=previous)
         embedded = self.backbone.embed_prompts(given)
         out = decode(self.backbone.spec, self.backbone.mask_decoder, self.features, embedded)
-        best = 1 + int(out.iou[0, 1:].argmax()) if prompts.is_ambiguous else 0
+        best = 1 + int(out.iou[0, 1:].argmax()) if prompts.is_ambiguous(self.backbone.spec) else 0
         low = out.masks[:, best : best + 1]
         return (self.transform.logits(low)[0, 0] > 0).numpy(), low.clamp(-32, 32), float(out.iou[0, best])
 

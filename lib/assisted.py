@@ -35,9 +35,9 @@ from lib.prompts.user import SlicePrompts, by_slice, prompt_set
 from lib.propagate import SliceResult
 from lib.transform import SliceTransform
 from lib.types import LabelPrediction, UserPrompts, Volume
-from lib.versions import VersionStore
 from lib.versions.gate import check_fits
 from lib.versions.record import Version
+from lib.versions.store import VersionStore
 
 BATCH = 8  # slices at once
 KEPT_MB = 512  # of autonomous results

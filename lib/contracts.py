@@ -38,6 +38,8 @@ class BackboneSpec:
         box_tokens: 2, or 3 where a not-a-point token is appended to a box (SAM 2's predictor).
         carry_box: a mask carried to the next slice comes with its box, because stock decoders barely follow a mask
             alone; False where the model was trained to.
+        box_is_ambiguous: a box alone is answered with the best of the three multimask tokens, as a single click is;
+            stock SAM answers it with the single mask.
         pyramid: ``(name, stride, channels)`` of maps available as taps.
         feature_stride: S / h.
     """
@@ -59,6 +61,7 @@ class BackboneSpec:
     mask_prompt_domain: str = "logit"
     box_tokens: int = 2
     carry_box: bool = True
+    box_is_ambiguous: bool = False
     pyramid: tuple[tuple[str, int, int], ...] = ()
     feature_stride: int = 16
 

@@ -305,7 +305,9 @@ class _Job:
 
     def segment(self, index: int, prompts: SlicePrompts) -> SliceResult:
         """A slice from the user's prompts alone."""
-        return self.decode(index, prompt_set(prompts, self.transform), multimask=prompts.is_ambiguous)
+        return self.decode(
+            index, prompt_set(prompts, self.transform), multimask=prompts.is_ambiguous(self.backbone.spec)
+        )
 
     def follow(self, index: int, before: SliceResult) -> SliceResult:
         """A slice from its neighbour's result, plus what the user drew on it."""

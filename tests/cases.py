@@ -19,8 +19,8 @@ from lib.engine import Engine
 from lib.learned import Learned
 from lib.train_data import Batches, all_slices
 from lib.train_loop import Run, fit
-from lib.versions import VersionStore, open_store
 from lib.versions.record import Trained, Version
+from lib.versions.store import VersionStore, open_store
 
 LABELS = ("big", "small one")
 SHAPE = (32, 36, 6)

@@ -42,11 +42,12 @@ pytestmark = pytest.mark.timeout(900)
 # ---------------------------------------------------------------------------------------------------- what /info/ says
 
 
-def test_info_offers_both_tasks_to_both_clients(server: Server, backbone: str) -> None:
+def test_info_offers_the_tasks_to_both_clients(server: Server, backbone: str) -> None:
     info = server.info()
     assert {name: (m["type"], m["dimension"]) for name, m in info["models"].items()} == {
         "sam": ("deepgrow", 3),
         "sam_2d": ("deepgrow", 2),
+        "sam2rad_edit": ("deepedit", 3),  # sam2rad itself appears with its first version
     }
     assert info["labels"] == ["object"]
     assert set(info["models"]["sam"]["config"]) == {"axis", "propagate", "window"}

@@ -98,6 +98,7 @@ def versions(server: Server, *command: str) -> str:
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_the_whole_story(server: Server, data_dir: Path, cases: dict[str, list[str]], tmp_path: Path) -> None:
     upload(server, data_dir, cases)
     assert "sam2rad" not in server.info()["models"]  # nothing learned yet

@@ -30,9 +30,9 @@ from lib.evaluate import encoded, evaluate
 from lib.learned import PRESETS, Learned
 from lib.train_data import Batches, all_slices
 from lib.train_loop import BEST, PROGRESS, STATE, Run, fit, write_json
-from lib.versions import VersionStore, open_store
 from lib.versions.gate import beats
 from lib.versions.record import Trained, Version
+from lib.versions.store import VersionStore, open_store
 
 logger = logging.getLogger(__name__)
 SHOWN = ("preset", "loss", "augment", "epochs", "batch", "views", "lr", "backbone_lr", "patience", "memory_mb", "seed")

@@ -34,7 +34,7 @@ from infers.learned import LearnedTask
 from lib.assisted import AssistedEngine
 from lib.config import AppSettings, method_row
 from lib.engine import Engine
-from lib.versions import open_store
+from lib.versions.store import open_store
 from trainers.adapt import AdaptTask
 
 

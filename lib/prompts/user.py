@@ -8,7 +8,7 @@ from typing import Optional
 import numpy as np
 import torch
 
-from lib.contracts import PromptSet
+from lib.contracts import BackboneSpec, PromptSet
 from lib.data.geometry import box_to_slices, check_inside, rows_columns, to_slice_rc
 from lib.errors import PromptError
 from lib.prompts.scribble import stroke_points
@@ -35,10 +35,11 @@ class SlicePrompts:
         """True where an object may begin: a positive click or a box. Negative clicks alone only correct."""
         return self.box_rc is not None or any(positive for _, _, positive in self.points_rc)
 
-    @property
-    def is_ambiguous(self) -> bool:
-        """True for a single click, which may mean a part or the whole: SAM's multimask case."""
-        return self.box_rc is None and len(self.points_rc) == 1
+    def is_ambiguous(self, spec: BackboneSpec) -> bool:
+        """True for a single click, which may mean a part or the whole: SAM's multimask case; see the spec for a box."""
+        if self.box_rc is None:
+            return len(self.points_rc) == 1
+        return spec.box_is_ambiguous and not self.points_rc
 
 
 def by_slice(prompts: UserPrompts, shape: Index, axis: int, *, corrections: bool = False) -> dict[int, SlicePrompts]:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Optional
 
 from lib.errors import AppError, ConfigError
-from lib.versions import VersionStore, open_store
 from lib.versions.record import Version
+from lib.versions.store import VersionStore, open_store
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:

@@ -17,7 +17,7 @@ from monailabel.config import settings
 from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelException
 from monailabel.interfaces.utils.app import app_instance, clear_cache
 
-from lib.versions import open_store
+from lib.versions.store import open_store
 from tests.cases import LABELS, add_version
 from tests.serving import APP, ROOT
 

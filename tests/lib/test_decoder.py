@@ -91,7 +91,9 @@ def test_hook_gives_objectness_where_the_decoder_has_none() -> None:
 
     from lib.backbones.sam import mask_decoder
 
-    spec = replace(load_backbone("tiny", random_seed=0).spec, has_obj_score=False, has_high_res=False)
+    spec = replace(
+        load_backbone("tiny", random_seed=0).spec, has_obj_score=False, has_high_res=False, iou_reads_masks=False
+    )
     decoder = mask_decoder(spec).eval()
     features = Features(torch.randn(1, 32, 4, 4), torch.randn(1, 32, 4, 4))
     prompts = (torch.randn(2, 1, 32), torch.randn(2, 32, 4, 4))

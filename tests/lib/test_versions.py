@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lib import versions
 from lib.errors import ConfigError, WeightsError
-from lib.versions import VersionStore, open_store
+from lib.versions import store as versions
 from lib.versions.__main__ import main
 from lib.versions.gate import beats, check_fits
 from lib.versions.record import Trained, Version
+from lib.versions.store import VersionStore, open_store
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINED = Trained(
@@ -313,7 +313,7 @@ def test_stamp_differs_after_every_change_even_within_a_tick_or_with_a_clock_set
 
 
 @pytest.mark.parametrize(
-    "broken", ["os.replace", "os.utime", "lib.versions.write_text", "lib.versions.VersionStore._record"]
+    "broken", ["os.replace", "os.utime", "lib.versions.store.write_text", "lib.versions.store.VersionStore._record"]
 )
 def test_failed_promotion_leaves_the_live_version(store, monkeypatch, broken) -> None:
     fill(store, 3)

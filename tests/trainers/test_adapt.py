@@ -17,7 +17,7 @@ from lib import train_loop
 from lib.errors import WeightsError
 from lib.evaluate import evaluate
 from lib.learned import Learned
-from lib.versions import VersionStore
+from lib.versions.store import VersionStore
 from tests.cases import LABELS, ROW, draw, settings, store_at, write_case
 from trainers import adapt
 from trainers.adapt import AdaptTask, declared, stored_cases
@@ -343,11 +343,11 @@ def _raise(error: Exception) -> Callable:
     return fail
 
 
-@pytest.mark.parametrize("where", ["_write_model", "file_digest", "_write_text"])
+@pytest.mark.parametrize("where", ["write_model", "file_digest", "write_text"])
 def test_killed_while_storing_leaves_no_half_version_and_goes_on_without_training(
     world: World, monkeypatch, where: str
 ) -> None:
-    from lib import versions
+    from lib.versions import store as versions
 
     with monkeypatch.context() as patch:
         patch.setattr(versions, where, _raise(KilledError()))
