@@ -99,6 +99,7 @@ def versions(server: Server, *command: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_whole_story(server: Server, data_dir: Path, cases: dict[str, list[str]], tmp_path: Path) -> None:
     upload(server, data_dir, cases)
     assert "sam2rad" not in server.info()["models"]  # nothing learned yet
