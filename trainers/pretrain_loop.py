@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from lib.data.augment import augment, choose_objects, degrade, neighbour
 from lib.data.synthetic import make_sample
 from lib.decoder import decode
 from lib.nn.losses import pair_loss
-from lib.prompts.simulate import error_clicks, random_boxes, random_points
+from lib.prompts.simulate import error_clicks, loosened, random_boxes, random_points
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ class Recipe:
         silent: probabilities of 0, 1, 2 ... corrective clicks without gradient between the two rounds that learn.
         first: shares of first prompts: box, point, box and point, the neighbouring slice's mask and box, the same for
             an object that is not there.
+        loose: share of boxes with every edge outside the object by up to half its side, as a box drawn for a whole
+            volume is on most slices.
         lr: peak learning rate, linear warm-up then cosine over all phases.
         balance: share of all steps over which the cross entropy turns from class-balanced to plain.
         mix: probability of each source of images.
@@ -65,13 +69,14 @@ class Recipe:
     objects: int = 4
     silent: tuple[float, ...] = (0.5, 0.2, 0.1, 0.1, 0.05, 0.05)
     first: tuple[float, ...] = (0.4, 0.3, 0.08, 0.17, 0.05)
+    loose: float = 0.15
     lr: float = 1e-3
     warmup: int = 300
     weight_decay: float = 0.05
     average: float = 0.998
     balance: float = 0.2
     mix: tuple[tuple[str, float], ...] = (
-        ("synthetic", 0.55), ("hippocampus", 0.12), ("nuclei", 0.13), ("organs", 0.2),
+        ("synthetic", 0.5), ("hippocampus", 0.18), ("nuclei", 0.12), ("organs", 0.2),
     )  # fmt: skip
     seed: int = 7
 
@@ -125,7 +130,9 @@ def save_shard(path: Path, pairs: list[Pair]) -> None:
 def write_synthetic(run: Path, recipe: Recipe) -> None:
     """The generated bank; grey images keep one channel."""
     logger.info("generating %d synthetic images", recipe.synthetic)
-    pairs = [make_sample(recipe.seed * 1_000_000 + i, recipe.side) for i in range(recipe.synthetic)]
+    seeds = range(recipe.seed * 1_000_000, recipe.seed * 1_000_000 + recipe.synthetic)
+    with ProcessPoolExecutor(mp_context=torch.multiprocessing.get_context("spawn")) as pool:
+        pairs = list(pool.map(partial(make_sample, side=recipe.side), seeds, chunksize=16))
     grey = [(i[..., 0] if (i == i[..., :1]).all() else i, m) for i, m in pairs]
     save_shard(run / "synthetic.npz", grey)
 
@@ -300,7 +307,7 @@ class Trainer:
         absent &= ~(shifted & hard).flatten(1).any(1)
         with_mask = kind > both
         around = torch.where(with_mask[:, None, None] & shifted.flatten(1).any(1)[:, None, None], shifted, hard)
-        boxes = random_boxes(around, scale, 0.1, rng)
+        boxes = loosened(random_boxes(around, scale, 0.1, rng), self.recipe.loose, rng)
         without_box = (kind > box) & (kind < point)
         if not self.model.spec.carry_box:  # then the neighbour's mask comes alone, as on a walk
             without_box |= with_mask & (torch.rand(n, generator=rng).to(hard.device) < 0.5)

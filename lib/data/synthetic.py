@@ -23,7 +23,8 @@ def make_sample(seed: int, side: int = 256) -> tuple[np.ndarray, np.ndarray]:
         ``(side, side, 3)`` uint8 image and ``(side, side)`` uint8 label map, 0 background.
     """
     rng = np.random.default_rng(seed)
-    labels = _partition(rng, side) if rng.random() < 0.35 else _scene(rng, side)
+    kind = rng.random()
+    labels = _partition(rng, side) if kind < 0.25 else _scene(rng, side, walled=kind < 0.55)
     return _render(rng, labels), labels
 
 
@@ -44,13 +45,19 @@ def _partition(rng: Rng, side: int) -> np.ndarray:
     return labels
 
 
-def _scene(rng: Rng, side: int) -> np.ndarray:
-    """Separate shapes drawn over an optional body; later ones hide earlier ones."""
+def _scene(rng: Rng, side: int, walled: bool) -> np.ndarray:
+    """Shapes drawn over an optional body, later ones hiding earlier ones; or a few walled ones that stay whole.
+
+    Among many shapes whole rings come to one object in twenty, which is too few to learn that a wall is not its cavity.
+    """
     labels = np.zeros((side, side), np.uint8)
     if rng.random() < 0.7:
         labels[_blob(rng, side, rng.uniform(0.35, 0.48) * side, centre=(side / 2, side / 2))] = 1
     shapes = (_organ, _organ, _ring, _ring, _chambers, _crescent, _tube, _parts, _tiny, _sheet)
-    for _ in range(int(rng.integers(3, 12))):
+    count = int(rng.integers(3, 12))
+    if walled:
+        shapes, count = (_ring, _ring, _chambers, _chambers, _crescent), int(rng.integers(1, 4))
+    for _ in range(count):
         shapes[int(rng.integers(len(shapes)))](rng, labels)
     return labels
 
@@ -81,7 +88,7 @@ def _organ(rng: Rng, labels: np.ndarray) -> None:
 
 def _ring(rng: Rng, labels: np.ndarray) -> None:
     side = labels.shape[0]
-    blob = _blob(rng, side, rng.uniform(0.05, 0.2) * side)
+    blob = _blob(rng, side, float(np.exp(rng.uniform(np.log(0.05), np.log(0.22)))) * side)
     depth = ndimage.distance_transform_edt(blob)
     wall = depth.max() * rng.uniform(0.2, 0.6)
     new = _free(labels)

@@ -87,6 +87,14 @@ def random_boxes(masks: Tensor, scale: float, jitter: float, rng: torch.Generato
     return torch.cat([lo, hi], 1) * scale + noise * jitter * side * scale - 0.5
 
 
+def loosened(boxes: Tensor, share: float, rng: torch.Generator) -> Tensor:
+    """A ``share`` of ``(N, 4)`` x0 y0 x1 y1 boxes with every edge moved outwards by 0 to half of the box's side."""
+    side = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+    chosen = torch.rand(len(boxes), 1, generator=rng) < share
+    outwards = torch.rand(len(boxes), 4, generator=rng) * 0.5 * torch.tensor([-1.0, -1.0, 1.0, 1.0])
+    return boxes + (chosen * outwards).to(boxes.device) * side
+
+
 def random_points(masks: Tensor, scale: float, rng: torch.Generator) -> Tensor:
     """``(N, 2)`` one uniformly drawn x, y inside each ``(N, G, G)`` mask, in backbone pixels; NaN for an empty mask."""
     weights = masks.flatten(1).float()

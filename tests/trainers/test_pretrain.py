@@ -118,7 +118,7 @@ def test_bank_takes_what_the_mix_names_and_never_acdc(run: Path, recipe: Recipe)
         save_shard(run / f"{name}.npz", [pair])
     bank = Bank(run, recipe)
     assert bank.names == ["synthetic", "organs"]  # hippocampus and nuclei are absent here
-    np.testing.assert_allclose(bank.weights, np.array([0.55, 0.2]) / 0.75)
+    np.testing.assert_allclose(bank.weights, np.array([0.5, 0.2]) / 0.7)
     images, labels = bank.draw(5, np.random.default_rng(0))
     assert images.shape == (5, 64, 64, 3) and labels.shape == (5, 64, 64)
 

@@ -13,6 +13,7 @@ from lib.prompts.simulate import (
     error_clicks,
     inscribed_ellipse,
     next_click,
+    loosened,
     random_boxes,
     random_points,
     user_prompts,
@@ -55,6 +56,14 @@ def test_box_of_is_half_open() -> None:
 def test_inscribed_ellipse_area() -> None:
     assert inscribed_ellipse((40, 40), (0, 0, 40, 40)).sum() / 1600 == pytest.approx(np.pi / 4, abs=0.01)
     assert inscribed_ellipse((40, 40), (3, 5, 4, 6)).sum() == 1
+
+
+def test_loosened_boxes_hold_the_tight_ones_and_grow_by_at_most_half_a_side_each_way() -> None:
+    tight = torch.tensor([[10.0, 20.0, 30.0, 28.0]]).repeat(200, 1)
+    loose = loosened(tight, 0.5, torch.Generator().manual_seed(0))
+    grown = (loose - tight) * torch.tensor([-1.0, -1.0, 1.0, 1.0])
+    assert (grown >= 0).all() and (grown <= torch.tensor([10.0, 4.0, 10.0, 4.0])).all()
+    assert 60 < int((grown.amax(1) > 0).sum()) < 140
 
 
 def test_random_boxes_without_jitter_are_exact() -> None:
