@@ -22,7 +22,7 @@ import torch
 from bench import common
 from bench.common import Report, Verdict, median, seconds
 from infers.learned import LearnedTask
-from lib.assisted import AssistedEngine
+from lib.assisted import BATCH, AssistedEngine
 from lib.config import AppSettings, TrainRecipe, method_row
 from lib.contracts import PromptSet
 from lib.data.samples import TrainingCase
@@ -71,8 +71,8 @@ def autonomous(engine: Engine, assisted: AssistedEngine, image: Path, rounds: in
     live = assisted.live()
     model, volume = live.model, engine.open(image)  # type: ignore[union-attr]
     passes, bare = [], []
-    x = torch.randn(1, 3, model.spec.input_size, model.spec.input_size)
-    index = torch.zeros(len(LABELS), dtype=torch.long)
+    count = volume.shape[2]
+    pieces = [torch.randn(min(BATCH, count - k), 3, *[model.spec.input_size] * 2) for k in range(0, count, BATCH)]
     for number in range(rounds + 1):
         fresh = replace(volume, content_hash=f"{volume.content_hash}-{number}")  # every cache misses
         started = time.perf_counter()
@@ -80,9 +80,8 @@ def autonomous(engine: Engine, assisted: AssistedEngine, image: Path, rounds: in
         passes.append(time.perf_counter() - started)
         started = time.perf_counter()
         with torch.inference_mode():
-            for _ in range(volume.shape[2]):
-                features = model.backbone.encode(x)
-                model.decode(features, model.propose(features), PromptSet(), index)
+            for x in pieces:  # as many slices at once as the pass takes
+                model.autonomous(model.backbone.encode(x))
         bare.append(time.perf_counter() - started)
     return passes[1:], bare[1:]
 

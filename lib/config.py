@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import re
 import types as pytypes
 from collections.abc import Mapping
@@ -177,7 +178,7 @@ def override(recipe: TrainRecipe, request: Mapping[str, Any]) -> TrainRecipe:
     """The recipe with what a train request sets; other keys of the request are not ours.
 
     Raises:
-        ConfigError: for a value that is not of its setting's kind, or not above 0 where it must be.
+        ConfigError: for a value that is not of its setting's kind, or out of its range.
     """
     changed: dict[str, Any] = {}
     for key, hint in get_type_hints(TrainRecipe).items():
@@ -190,12 +191,14 @@ def override(recipe: TrainRecipe, request: Mapping[str, Any]) -> TrainRecipe:
         except ValueError:
             raise ConfigError(f"{key}: expected {KINDS[hint]}, received {value!r}.") from None
     found = dataclasses.replace(recipe, **changed)
-    for key in ("epochs", "batch", "lr", "backbone_lr", "patience"):
-        if not getattr(found, key) > 0:
-            raise ConfigError(f"{key}: expected a number above 0, received {getattr(found, key)}.")
+    for key, value in dataclasses.asdict(found).items():
+        above = key in ABOVE_ZERO
+        if not isinstance(value, str) and not (math.isfinite(value) and (value > 0 if above else value >= 0)):
+            raise ConfigError(f"{key}: expected a number {'above 0' if above else 'of at least 0'}, received {value}.")
     return found
 
 
+ABOVE_ZERO = ("epochs", "batch", "lr", "backbone_lr", "patience")
 KINDS = {int: "a whole number", float: "a number", str: "text"}
 
 

@@ -1,8 +1,9 @@
 """Training batches of a learned model: slices of labelled volumes, augmented views, and kept features.
 
 Where the encoder is frozen, features of the original and of augmented views are computed once and reused, half
-precision on the CPU, as many views as fit the memory. Otherwise every step encodes fresh views. A batch is a function
-of (seed, step), so a resumed run sees what it would have seen. Frame: targets on the mask grid ``G = 4h``.
+precision on the CPU, as many views as fit the memory; where not even one fits, the same views are encoded anew, so that
+memory decides about time and not about the result. A trained encoder sees fresh views in every step. A batch is a
+function of (seed, step), so a resumed run sees what it would have seen. Frame: targets on the mask grid ``G = 4h``.
 """
 
 from __future__ import annotations
@@ -101,26 +102,32 @@ class Batches:
         rng = np.random.default_rng((self.recipe.seed, step))
         size = min(self.recipe.batch, len(self.slices))
         places = rng.choice(len(self.slices), size, replace=False)
+        views = self._draw_views(size, rng)
         if self._kept:
-            chosen = [self._kept[p][int(rng.integers(self.views))] for p in places]
+            chosen = [self._kept[p][v] for p, v in zip(places, views)]
             features = Features.joined([f for f, _ in chosen]).to(self._pe.device, torch.float32)
             return replace(features, pe=self._pe), torch.cat([t for _, t in chosen]).to(self._pe.device, torch.float32)
-        seeds = rng.integers(0, 2**31, size)
-        kept = [0 if rng.random() < 1 / max(2, self.recipe.views) else int(s) for s in seeds]  # 0 is the original view
-        return self._encode(list(zip(places.tolist(), kept)))
+        return self._encode(list(zip(places.tolist(), views)))
+
+    def _draw_views(self, size: int, rng: np.random.Generator) -> list[int]:
+        """Numbers of views, 0 being the original: some of a few, or fresh ones for an encoder that learns."""
+        if not self.model.changes_encoder:
+            return rng.integers(self.views or self.recipe.views or 1, size=size).tolist()
+        fresh = rng.integers(1, 2**31, size)
+        return np.where(rng.random(size) < 1 / max(2, self.recipe.views), 0, fresh).tolist()
 
     def _encode(self, wanted: Sequence[tuple[int, int]]) -> tuple[Features, Tensor]:
-        pairs = [self._view(self.slices[place], view) for place, view in wanted]
+        pairs = [self._view(place, view) for place, view in wanted]
         device = self._pe.device
         x = torch.stack([image for image, _ in pairs]).to(device)
         targets = torch.stack([target for _, target in pairs]).to(device)
         with torch.set_grad_enabled(self.model.changes_encoder and torch.is_grad_enabled()):
             return self.model.backbone.encode(x, self.model.method.taps), targets
 
-    def _view(self, one: Slice, view: int) -> tuple[Tensor, Tensor]:
-        pixels, classes = one.pixels(), one.classes()
+    def _view(self, place: int, view: int) -> tuple[Tensor, Tensor]:
+        pixels, classes = self.slices[place].pixels(), self.slices[place].classes()
         if view:
-            seed = np.random.SeedSequence((self.recipe.seed, one.index, view)).generate_state(1)[0]
+            seed = np.random.SeedSequence((self.recipe.seed, place, view)).generate_state(1)[0]
             pixels, classes = augmented(pixels, classes, int(seed), MOVES[self.recipe.augment])
         transform = SliceTransform(self.model.spec, classes.shape)  # type: ignore[arg-type]
         return transform.image(pixels), targets(classes, self.model.classes, transform)

@@ -5,26 +5,21 @@ A small part of the real hippocampus data with ``compact``: about five minutes o
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
-import nrrd
 import numpy as np
 import pytest
-import requests
 
 from lib.data.split import hippocampus_split
 from lib.prompts.simulate import next_click
+from tests.labelling import ask, save_labels, train, upload
 from tests.serving import ROOT, Server, dice, running_server
 
 LABELS = ("anterior", "posterior")
-TRAINING_LIMIT_S = 600.0
 
 
 @pytest.fixture(scope="module")
@@ -42,43 +37,6 @@ def server(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Iterator
     studies.mkdir()
     with running_server(studies, scratch, conf={"backbone": "compact", "labels": ",".join(LABELS)}) as running:
         yield running
-
-
-def upload(server: Server, data_dir: Path, cases: dict[str, list[str]]) -> None:
-    """Images as a client uploads them, and final labels as Slicer saves them."""
-    info = {"label_info": [{"name": name, "idx": n} for n, name in enumerate(LABELS, start=1)], "client_id": "tester"}
-    for case in cases["labelled"] + cases["unseen"]:
-        file = data_dir / "hippocampus" / f"{case}.nii.gz"
-        with file.open("rb") as body:
-            url = f"{server.url}/datastore/?image={case}"
-            assert requests.put(url, files={"file": (file.name, body)}, timeout=60).ok
-    for case in cases["labelled"]:
-        file = data_dir / "hippocampus" / "labels" / "final" / f"{case}.nii.gz"
-        with file.open("rb") as body:
-            files = {"label": (file.name, body), "params": (None, json.dumps(info))}
-            url = f"{server.url}/datastore/label?image={case}&tag=final"
-            assert requests.put(url, files=files, timeout=60).ok
-
-
-def train(server: Server, **options: Any) -> list[dict[str, Any]]:
-    """Starts a training over REST and returns what ``/info/`` showed of its progress."""
-    assert requests.post(f"{server.url}/train/sam2rad", json=options, timeout=60).ok
-    seen, end = [], time.monotonic() + TRAINING_LIMIT_S
-    while time.monotonic() < end:
-        seen.append(server.info()["train_stats"]["sam2rad"])
-        status = requests.get(f"{server.url}/train/", timeout=60).json()["status"]
-        assert status in ("RUNNING", "DONE", "PENDING"), requests.get(f"{server.url}/train/", timeout=60).text[-3000:]
-        if status == "DONE":
-            return [*seen, server.info()["train_stats"]["sam2rad"]]
-        time.sleep(2)
-    raise AssertionError(f"no end of the training in {TRAINING_LIMIT_S} s")
-
-
-def ask(server: Server, folder: Path, model: str, case: str, **prompts: Any) -> tuple[np.ndarray, dict[str, Any]]:
-    """Label map and JSON as Slicer gets them."""
-    params = {**prompts, "result_extension": ".nrrd", "result_dtype": "uint8"}
-    file, reply = server.client(folder).infer(model, case, params)
-    return nrrd.read(file)[0], reply
 
 
 def truth(data_dir: Path, case: str) -> np.ndarray:
@@ -101,7 +59,9 @@ def versions(server: Server, *command: str) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_whole_story(server: Server, data_dir: Path, cases: dict[str, list[str]], tmp_path: Path) -> None:
-    upload(server, data_dir, cases)
+    folder = data_dir / "hippocampus"
+    upload(server, (folder / f"{case}.nii.gz" for case in cases["labelled"] + cases["unseen"]))
+    save_labels(server, (folder / "labels" / "final" / f"{case}.nii.gz" for case in cases["labelled"]), LABELS)
     assert "sam2rad" not in server.info()["models"]  # nothing learned yet
     assert server.info()["models"]["sam2rad_edit"]["version_live"] is None
 

@@ -6,6 +6,8 @@ noise, blur and resolution loss vary, and some samples are coloured. numpy and s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from scipy import ndimage
 
@@ -53,7 +55,9 @@ def _scene(rng: Rng, side: int, walled: bool) -> np.ndarray:
     labels = np.zeros((side, side), np.uint8)
     if rng.random() < 0.7:
         labels[_blob(rng, side, rng.uniform(0.35, 0.48) * side, centre=(side / 2, side / 2))] = 1
-    shapes = (_organ, _organ, _ring, _ring, _chambers, _crescent, _tube, _parts, _tiny, _sheet)
+    shapes: tuple[Callable[[Rng, np.ndarray], None], ...] = (
+        _organ, _organ, _ring, _ring, _chambers, _crescent, _tube, _parts, _tiny, _sheet,
+    )  # fmt: skip
     count = int(rng.integers(3, 12))
     if walled:
         shapes, count = (_ring, _ring, _chambers, _chambers, _crescent), int(rng.integers(1, 4))

@@ -149,9 +149,22 @@ def test_views_of_a_slice_move_image_and_target_together(frozen: Learned, found:
     one = Batches(frozen, all_slices(found), TrainRecipe())
     labelled = next(n for n, s in enumerate(one.slices) if (s.classes() == 1).sum() > 50)
     for view in range(6):
-        pixels, target = one._view(one.slices[labelled], view)
+        pixels, target = one._view(labelled, view)
         grey = torch.nn.functional.avg_pool2d(pixels.mean(0)[None, None], 4)[0, 0]
         inside = target.sum(0) > 0.9
         outside = target.sum(0) == 0
         if inside.any():
             assert grey[inside].mean() > grey[outside].mean() + 0.3
+
+
+def test_batches_without_room_for_features_are_those_with_it(frozen: Learned, found: list[TrainingCase]) -> None:
+    """Memory decides about time, not about the result."""
+    room = Batches(frozen, all_slices(found), TrainRecipe(views=3, batch=4))
+    tight = Batches(frozen, all_slices(found), TrainRecipe(views=3, batch=4, memory_mb=0))
+    for batches in (room, tight):
+        batches.prepare()
+    assert (room.views, tight.views) == (3, 0)
+    for step in range(4):
+        (a, targets), (b, anew) = room.batch(step), tight.batch(step)
+        torch.testing.assert_close(a.embed, b.embed, atol=5e-3, rtol=5e-3)
+        torch.testing.assert_close(targets, anew, atol=1e-3, rtol=0)

@@ -1,0 +1,67 @@
+"""What an annotation team does over REST: upload images, save labels, train. Word for word as the clients do."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import nrrd
+import numpy as np
+import requests
+
+from tests.serving import Server
+
+TRAINING_LIMIT_S = 600.0
+
+
+def upload(server: Server, files: Iterable[Path]) -> None:
+    """Images of the store, named by their files."""
+    for file in files:
+        with file.open("rb") as body:
+            url = f"{server.url}/datastore/?image={file.name.split('.')[0]}"
+            assert requests.put(url, files={"file": (file.name, body)}, timeout=60).ok
+
+
+def save_labels(server: Server, files: Iterable[Path], labels: Sequence[str]) -> None:
+    """Final labels as Slicer saves them, named by their files."""
+    info = {"label_info": [{"name": name, "idx": n} for n, name in enumerate(labels, start=1)], "client_id": "tester"}
+    for file in files:
+        with file.open("rb") as body:
+            form = {"label": (file.name, body), "params": (None, json.dumps(info))}
+            url = f"{server.url}/datastore/label?image={file.name.split('.')[0]}&tag=final"
+            assert requests.put(url, files=form, timeout=60).ok
+
+
+def start_training(server: Server, **options: Any) -> None:
+    """``POST /train/sam2rad``."""
+    assert requests.post(f"{server.url}/train/sam2rad", json=options, timeout=60).ok
+
+
+def progress(server: Server) -> dict[str, Any]:
+    """What clients see of a training."""
+    return server.info()["train_stats"]["sam2rad"]
+
+
+def train(server: Server, **options: Any) -> list[dict[str, Any]]:
+    """Trains to the end; what ``/info/`` showed meanwhile, the last entry being the result."""
+    start_training(server, **options)
+    seen, end = [], time.monotonic() + TRAINING_LIMIT_S
+    while time.monotonic() < end:
+        seen.append(progress(server))
+        answer = requests.get(f"{server.url}/train/", timeout=60)
+        status = answer.json()["status"]
+        assert status in ("RUNNING", "DONE", "PENDING"), answer.text[-3000:]
+        if status == "DONE":
+            return [*seen, progress(server)]
+        time.sleep(2)
+    raise AssertionError(f"no end of the training in {TRAINING_LIMIT_S} s")
+
+
+def ask(server: Server, folder: Path, model: str, case: str, **prompts: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    """Label map and JSON as Slicer gets them."""
+    params = {**prompts, "result_extension": ".nrrd", "result_dtype": "uint8"}
+    file, reply = server.client(folder).infer(model, case, params)
+    return nrrd.read(file)[0], reply
