@@ -13,8 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,6 +32,7 @@ from lib.evaluate import label_maps
 from lib.learned import Answer, Learned, combine, rows
 from lib.prompts.user import SlicePrompts, by_slice, prompt_set
 from lib.propagate import SliceResult
+from lib.timing import Timed
 from lib.transform import SliceTransform
 from lib.types import LabelPrediction, UserPrompts, Volume
 from lib.versions.gate import check_fits
@@ -175,24 +175,16 @@ class AssistedEngine:
         )
 
 
-class _Job:
+class _Job(Timed):
     """One request on its way."""
 
     def __init__(self, owner: AssistedEngine, live: Live, volume: Volume, options: SegmentOptions) -> None:
+        super().__init__()
         self.owner, self.live, self.volume, self.options = owner, live, volume, options
         self.engine, self.model = owner.engine, live.model
         self.axis = choose_axis(volume.spacing_mm, volume.shape, requested=options.axis, is_2d=volume.is_2d)
         self.transform = SliceTransform(self.model.spec, slice_size(volume.shape, self.axis))
         self.cache: Counter[str] = Counter()
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
     def run(self, prompts: Mapping[str, UserPrompts]) -> LabelPrediction:
         """Autonomous result, and the user's corrections on it."""

@@ -15,8 +15,8 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from lib.errors import ConfigError, PromptError, VolumeError
 from lib.loading import load_backbone
 from lib.prompts.user import SlicePrompts, by_slice, prompt_set
 from lib.propagate import SliceResult, StopRule, propagate
+from lib.timing import Timed
 from lib.transform import SliceTransform
 from lib.types import Prediction, UserPrompts, Volume
 
@@ -254,12 +255,12 @@ def _encode_later(engine: weakref.ref[Engine], volume: Volume, axis: int, index:
         alive.features(volume, axis, index)
 
 
-class _Job:
+class _Job(Timed):
     """One request on its way through the engine."""
 
     def __init__(self, engine: Engine, volume: Volume, prompts: UserPrompts, options: SegmentOptions) -> None:
+        super().__init__("encode", "decode", "assemble")
         self.engine, self.volume, self.options = engine, volume, options
-        self.seconds: dict[str, float] = {"encode": 0.0, "decode": 0.0, "assemble": 0.0}
         self.cache: Counter[str] = Counter()
         self.warnings: list[str] = []
         self.axis = choose_axis(volume.spacing_mm, volume.shape, requested=options.axis, is_2d=volume.is_2d)
@@ -272,14 +273,6 @@ class _Job:
         with self.timed("load"):
             self.backbone = engine.warm()
         self.transform = SliceTransform(self.backbone.spec, slice_size(volume.shape, self.axis))
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
     def run(self) -> dict[int, SliceResult]:
         """Results per slice index."""
