@@ -93,22 +93,11 @@ def learn(data: Data, cases: Sequence[TrainingCase], preset: str, budget_s: floa
     steps = _steps(model, batches, recipe, validation, budget_s - (time.monotonic() - started))
     recipe = replace(recipe, steps=max(1, steps // EPOCHS))
     batches.recipe = recipe
-    run = Run(model, _Prepared(batches), validation, data.labels, recipe, folder)  # type: ignore[arg-type]
-    best = fit(run)
+    best = fit(Run(model, batches, validation, data.labels, recipe, folder))
     done = f"{recipe.steps * EPOCHS} steps, {time.monotonic() - started:.0f} s"
     chosen = f"validation Dice {best['mean_dice']:.3f} in epoch {best['epoch']}"
     print(f"{data.name}, {len(cases)} cases, {preset}: {done}, {chosen}", flush=True)
     return model
-
-
-class _Prepared:
-    """Batches whose features are there already."""
-
-    def __init__(self, batches: Batches) -> None:
-        self.slices, self.batch = batches.slices, batches.batch
-
-    def prepare(self) -> None:
-        """Nothing left to do."""
 
 
 def _steps(

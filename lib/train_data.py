@@ -93,7 +93,9 @@ class Batches:
         return f"{count} slices in {self.views} views{fewer}: {size} of {self.recipe.memory_mb} MB for kept features."
 
     def prepare(self) -> None:
-        """Computes the features that are kept."""
+        """Computes the features that are kept, once."""
+        if self._kept:
+            return
         places = range(len(self.slices) if self.views else 0)
         self._kept = [[self._halved(*self._encode([(p, view)])) for view in range(self.views)] for p in places]
 
