@@ -22,7 +22,7 @@ import torch
 from bench import common
 from bench.common import Report, Verdict, median, seconds
 from infers.learned import LearnedTask
-from lib.assisted import BATCH, AssistedEngine
+from lib.assisted import AssistedEngine
 from lib.config import AppSettings, TrainRecipe, method_row
 from lib.contracts import PromptSet
 from lib.data.samples import TrainingCase
@@ -34,6 +34,7 @@ from lib.train_data import Batches, all_slices
 from lib.train_loop import step_loss
 from lib.versions.record import Trained
 from lib.versions.store import open_store
+from lib.windows import BATCH
 
 SHAPE = (256, 216, 10)
 LABELS = ("RV", "Myo", "LV")
