@@ -23,13 +23,13 @@ from torch import Tensor
 
 from lib.cache import Lru
 from lib.config import MethodRow
-from lib.contracts import PromptSet
+from lib.contracts import Features, PromptSet
 from lib.data.geometry import choose_axis, put_slice, slice_size, slice_view, to_slice_rc
 from lib.data.window import choose_window
 from lib.engine import Engine, SegmentOptions
 from lib.errors import PromptError
 from lib.evaluate import label_maps
-from lib.learned import Answer, Learned, combine, rows
+from lib.learned import Answer, Learned, combine
 from lib.prompts.user import SlicePrompts, by_slice, prompt_set
 from lib.propagate import SliceResult
 from lib.timing import Timed
@@ -38,8 +38,8 @@ from lib.types import LabelPrediction, UserPrompts, Volume
 from lib.versions.gate import check_fits
 from lib.versions.record import Version
 from lib.versions.store import VersionStore
+from lib.windows import answers, window_around
 
-BATCH = 8  # slices at once
 KEPT_MB = 512  # of autonomous results
 REACH = 5  # cells of the mask grid across which a change may spread from one slice to the next
 DEFAULTS = SegmentOptions()
@@ -87,7 +87,7 @@ class AssistedEngine:
 
     def __init__(self, engine: Engine, row: MethodRow, store: VersionStore, labels: tuple[str, ...]) -> None:
         self.engine, self.row, self.store, self.offered = engine, row, store, labels
-        self._kept: Lru[Automatic] = Lru(KEPT_MB << 20, Automatic.nbytes)
+        self._kept: Lru[Automatic] = Lru(KEPT_MB << 20, Automatic.nbytes, engine.waiting)
         self._live: tuple[object, Live | None] = (None, None)
         self._loading = threading.Lock()
 
@@ -205,20 +205,28 @@ class _Job(Timed):
 
     def _automatic(self) -> Automatic:
         count = self.volume.shape[self.axis]
-        mask, answers = np.zeros(self.volume.shape, np.uint8, order="F"), []
-        for start in range(0, count, BATCH):
-            indices = range(start, min(start + BATCH, count))
-            features, sources = self.engine.stack(
-                self.volume, self.axis, indices, self.model.backbone, self.model.method.taps
-            )
-            self.cache.update(sources)
-            answer = self.model.autonomous(features.to(self.engine.device(), torch.float32))
+        mask, found = np.zeros(self.volume.shape, np.uint8, order="F"), []
+        for indices, answer in answers(self.model, count, self.features):
             for index, labels in zip(indices, label_maps(answer, self.model.classes, self.transform)):
                 put_slice(mask, self.axis, index, labels.numpy())
-            answers.append(answer)
+            found.append(answer)
         mask.setflags(write=False)
-        masks, iou, obj = (self._by_slice([getattr(a, name) for a in answers]) for name in ("masks", "iou", "obj"))
+        masks, iou, obj = (self._by_slice([getattr(a, name) for a in found]) for name in ("masks", "iou", "obj"))
         return Automatic(mask, masks.half(), iou, obj)
+
+    def features(self, indices: range) -> Features:
+        """Of consecutive slices; those that were encoded knowing their neighbours cannot be kept one by one."""
+        model, device = self.model, self.engine.device()
+        backbone, taps = model.backbone, model.method.taps
+        depth = len(indices) if model.slices > 1 else 1
+        if depth > 1 and model.changes_encoder:
+            with backbone.volume.spanning(depth, depth):
+                found = self.engine.together(self.volume, self.axis, indices, backbone, taps)
+            self.cache["misses"] += depth
+        else:
+            found, sources = self.engine.stack(self.volume, self.axis, indices, backbone, taps)
+            self.cache.update(sources)
+        return replace(found.to(device, torch.float32), depth=depth)
 
     def _by_slice(self, parts: list[Tensor]) -> Tensor:
         return torch.cat(parts).unflatten(0, (-1, self.model.classes)).cpu()
@@ -293,15 +301,11 @@ class _Job(Timed):
 
     def ask(self, index: int, number: int, user: PromptSet, *, said: bool) -> Answer:
         """One class on one slice, learned and user prompts in one decoder call; ``said``: the user says it is there."""
-        features, source = self.engine.features(
-            self.volume, self.axis, index, self.model.backbone, self.model.method.taps
-        )
-        self.cache[source] += 1
-        device = self.engine.device()
-        features = features.to(device, torch.float32)
-        proposal = rows(self.model.propose(features), torch.tensor([number], device=device))
+        window = window_around(index, self.volume.shape[self.axis], self.model.slices)
+        features, device = self.features(window), self.engine.device()
+        pair = torch.tensor([(index - window.start) * self.model.classes + number], device=device)
         user = PromptSet(**{k: None if v is None else v.to(device) for k, v in vars(user).items()})
-        _, answer = self.model.decode(features, proposal, user, torch.zeros(1, dtype=torch.long, device=device))
+        answer = self.model.corrected(features, self.model.propose(features), user, pair)
         obj = answer.obj.clamp(min=0.0) if said else answer.obj
         return Answer(answer.masks.cpu(), answer.iou.cpu(), obj.cpu())
 

@@ -35,12 +35,13 @@ class Gate:
 
     @contextmanager
     def foreground(self) -> Iterator[None]:
-        """Everything inside is a click: the background waits."""
-        self._count(clicks=+1)
+        """Everything inside is a click: the background waits. Inside :meth:`background` it is none."""
+        click = int(not self.is_background())
+        self._count(clicks=+click)
         try:
             yield
         finally:
-            self._count(clicks=-1)
+            self._count(clicks=-click)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

@@ -6,12 +6,17 @@ Tensor frame: ``_xy`` are pixels of the backbone's square input of side ``S``; p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Optional, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from lib.errors import ConfigError
+
+_IMAGE = re.compile(r"image(\d+)")
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,31 @@ class BackboneSpec:
         """4h, side of low-resolution masks and of mask prompts."""
         return 4 * self.grid
 
+    def tap_shape(self, name: str) -> tuple[int, int, int]:
+        """``(C, H, W)`` of a tap: a map of the pyramid, or the normalised input at another side (:func:`image_tap`).
+
+        Raises:
+            ConfigError: for a name that is neither.
+        """
+        picture = _IMAGE.fullmatch(name)
+        if picture:
+            return 3, int(picture[1]), int(picture[1])
+        found = {tap: (channels, self.input_size // stride) for tap, stride, channels in self.pyramid}
+        if name not in found:
+            raise ConfigError(f"{self.name}: expected taps out of {list(found)} or image<side>, received {name!r}.")
+        channels, side = found[name]
+        return channels, side, side
+
+
+def image_tap(side: int) -> str:
+    """Name of the tap that holds the encoder's input, resized to ``side`` pixels: for methods that look at pixels."""
+    return f"image{side}"
+
+
+def is_image_tap(name: str) -> bool:
+    """Whether a tap is the input rather than a map of the encoder."""
+    return _IMAGE.fullmatch(name) is not None
+
 
 @dataclass
 class Features:
@@ -84,13 +114,15 @@ class Features:
         embed: ``(B, E, h, w)``.
         pe: ``(1, E, h, w)`` positional encoding of the grid.
         high_res: None, or ``s0 (B, E/8, 4h, 4w)`` and ``s1 (B, E/4, 2h, 2w)``.
-        taps: named intermediate maps, NCHW; empty unless asked for.
+        taps: named intermediate maps, or the input itself, NCHW; empty unless asked for.
+        depth: D, how many images in a row are consecutive slices of one volume; B is a multiple of it.
     """
 
     embed: Tensor
     pe: Tensor
     high_res: Optional[tuple[Tensor, Tensor]] = None
     taps: dict[str, Tensor] = field(default_factory=dict)
+    depth: int = 1
 
     def to(self, *args: object) -> Features:
         """All tensors moved or cast as ``Tensor.to`` does."""
@@ -106,7 +138,7 @@ class Features:
 
     @staticmethod
     def joined(parts: Sequence[Features]) -> Features:
-        """Several batches as one."""
+        """Several batches of equal depth as one."""
         first = parts[0]
         if len(parts) == 1:
             return first
@@ -114,7 +146,8 @@ class Features:
         if first.high_res is not None:
             high = tuple(torch.cat([p.high_res[n] for p in parts]) for n in (0, 1))  # type: ignore[index]
         taps = {name: torch.cat([p.taps[name] for p in parts]) for name in first.taps}
-        return Features(torch.cat([p.embed for p in parts]), first.pe, high, taps)  # type: ignore[arg-type]
+        embed = torch.cat([p.embed for p in parts])
+        return Features(embed, first.pe, high, taps, first.depth)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -160,11 +193,13 @@ class Hooks:
         extra_tokens: ``(N, F, E)`` appended after the prompts and returned after the transformer.
         obj_head: maps the post-transformer IoU token ``(N, E)`` to an objectness logit ``(N, 1)`` where the decoder has
             no objectness of its own.
+        place: ``(N, E, 1, 1)`` added to the image's positional encoding, such as which slice a pair is on.
     """
 
     token_shift: Optional[Tensor] = None
     extra_tokens: Optional[Tensor] = None
     obj_head: Optional[Callable[[Tensor], Tensor]] = None
+    place: Optional[Tensor] = None
 
 
 @dataclass
@@ -226,27 +261,43 @@ class Proposal:
         hooks: where the method reaches into the decoder.
         boxes: ``(N, 4)`` predicted boxes x0 y0 x1 y1 in 0..1, or None; for the loss and for pictures.
         masks: ``(N, 1, 4h, 4w)`` interim mask logits, or None.
+        obj: ``(N, 1)`` objectness logits that the method reads from the image; they replace the decoder's.
+        final: True makes ``masks`` the answer where the user adds nothing, for methods that segment without SAM.
+        yields: True lets a user's point or box take the place of the learned one of that kind, pair by pair.
+        levels: ``(B, ...)`` maps that the method's own losses read, of all images whatever pairs are asked about.
+        refine: maps decoder masks ``(N, 4h, 4w)``, the prompts they answer and the image of each pair to final masks;
+            classes, or slices, may look at each other where all pairs of the images are there.
     """
 
     prompts: PromptSet
     hooks: Hooks = field(default_factory=Hooks)
     boxes: Optional[Tensor] = None
     masks: Optional[Tensor] = None
+    obj: Optional[Tensor] = None
+    final: bool = False
+    yields: bool = False
+    levels: Optional[tuple[Tensor, ...]] = None
+    refine: Optional[Callable[[Tensor, PromptSet, Tensor], Tensor]] = None
 
 
 @runtime_checkable
 class Method(Protocol):
     """A learned prompter. Implementations are ``nn.Module``s that hold what is trained beside the backbone.
 
+    A method that starts from something of the backbone's defines ``adopt(backbone)``, called once after it is built.
+    One that sees neighbouring slices together has ``slices``, their number; its masks are log-odds against background.
+    One whose prompts are useless at first has ``warm_up``, the share of training in which only its own losses count.
+
     Attributes:
         classes: K.
         taps: maps of the encoder that :meth:`propose` needs.
-        mask_token: which of the decoder's four masks is read.
+        mask_token: which of the decoder's four masks is read; None reads, per pair, the one of tokens 1 to 3 whose
+            predicted IoU is largest.
     """
 
     classes: int
     taps: tuple[str, ...]
-    mask_token: int
+    mask_token: Optional[int]
 
     def propose(self, features: Features) -> Proposal:
         """Prompts of all classes for B images."""
@@ -263,4 +314,4 @@ def no_grad_eval(module: nn.Module) -> nn.Module:
 
 def autocast_off(x: Tensor) -> torch.autocast:
     """A context that keeps coordinate arithmetic in float32 whatever precision surrounds it."""
-    return torch.autocast(x.device.type, enabled=False)
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # meta knows no autocast

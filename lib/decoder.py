@@ -63,7 +63,8 @@ def _image_index(index: Optional[Tensor], pairs: int, images: int) -> Tensor:
 def _cut(hooks: Hooks, part: slice) -> Hooks:
     shift = None if hooks.token_shift is None else hooks.token_shift[part]
     extra = None if hooks.extra_tokens is None else hooks.extra_tokens[part]
-    return Hooks(shift, extra, hooks.obj_head)
+    place = None if hooks.place is None else hooks.place[part]
+    return Hooks(shift, extra, hooks.obj_head, place)
 
 
 def _join(outs: list[DecoderOut]) -> DecoderOut:
@@ -80,7 +81,8 @@ def _decode_chunk(
     n, first = sparse.shape[0], int(spec.has_obj_score)
     tokens = _tokens(md, sparse, hooks, spec.has_obj_score)  # (N, [obj] + iou + 4 + T + F, E)
     src = features.embed[index] + dense
-    queries, keys = md.transformer(src, features.pe, tokens)
+    pe = features.pe if hooks.place is None else features.pe + hooks.place
+    queries, keys = md.transformer(src, pe, tokens)
     iou_token, mask_tokens = queries[:, first], queries[:, first + 1 : first + 5]
     upscaled = _upscale(md, keys.transpose(1, 2).reshape(src.shape), features, index)  # (N, E/8, 4h, 4w)
     hyper = torch.stack([mlp(mask_tokens[:, i]) for i, mlp in enumerate(md.output_hypernetworks_mlps)], 1)

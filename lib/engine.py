@@ -122,6 +122,14 @@ class Engine:
         """A context for all of a click that is not inside :meth:`segment`: the background stands still meanwhile."""
         return self._gate.foreground()
 
+    def background(self) -> AbstractContextManager[None]:
+        """A context for a whole request that is no click: it waits before every encoder block while clicks run."""
+        return self._gate.background()
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """A context in which a click waits for what another thread, perhaps a background one, is making."""
+        return self._gate.waiting()
+
     def open(self, path: Union[str, Path]) -> Volume:
         """A volume from disk, or the same one again while its file has not changed.
 
@@ -195,6 +203,12 @@ class Engine:
                 self._cache.get(keys[i], partial(together.row, n), self._pe)
         found = [self.features(volume, axis, i, backbone, taps) for i in indices]
         return Features.joined([f for f, _ in found]), Counter(source for _, source in found)
+
+    def together(
+        self, volume: Volume, axis: int, indices: Sequence[int], backbone: Backbone, taps: tuple[str, ...] = ()
+    ) -> Features:
+        """Features of slices that know of each other, encoded anew: what they are depends on their neighbours."""
+        return self._encode(backbone, volume, axis, indices, taps)
 
     def _key(
         self, volume: Volume, axis: int, index: int, backbone: Optional[Backbone] = None, taps: tuple[str, ...] = ()

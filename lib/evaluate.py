@@ -20,8 +20,8 @@ from lib.data.samples import TrainingCase
 from lib.learned import Answer, Learned, combine
 from lib.train_data import Slice, axis_of
 from lib.transform import SliceTransform
+from lib.windows import answers
 
-SLICES = 8  # at once
 FeaturesOf = Callable[[Sequence[Slice]], Features]
 
 
@@ -32,7 +32,8 @@ def encoded(model: Learned) -> FeaturesOf:
         shape = slices[0].classes().shape
         transform = SliceTransform(model.spec, shape)  # type: ignore[arg-type]
         x = torch.stack([transform.image(s.pixels()) for s in slices])
-        return model.backbone.encode(x.to(model.backbone.grid_encoding().device), model.method.taps)
+        depth = len(slices) if model.slices > 1 else 1
+        return model.encode(x.to(model.backbone.grid_encoding().device), depth)
 
     return features
 
@@ -57,11 +58,14 @@ def segmented(model: Learned, case: TrainingCase, features: FeaturesOf) -> np.nd
     axis = axis_of(case)
     transform = SliceTransform(model.spec, slice_size(case.volume.shape, axis))
     out = np.zeros(case.volume.shape, np.uint8, order="F")
+
+    def of(group: range) -> Features:
+        return features([Slice(case, axis, i) for i in group])
+
     with torch.inference_mode():
-        for start in range(0, case.volume.shape[axis], SLICES):
-            group = [Slice(case, axis, i) for i in range(start, min(start + SLICES, case.volume.shape[axis]))]
-            for one, labels in zip(group, label_maps(model.autonomous(features(group)), model.classes, transform)):
-                put_slice(out, axis, one.index, labels.numpy())
+        for group, answer in answers(model, case.volume.shape[axis], of):
+            for index, labels in zip(group, label_maps(answer, model.classes, transform)):
+                put_slice(out, axis, index, labels.numpy())
     return out
 
 

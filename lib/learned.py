@@ -6,8 +6,8 @@ The backbone is a copy that shares its frozen tensors with the original, so that
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Optional
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lib.config import MethodRow, from_mapping
 from lib.contracts import Backbone, DecoderOut, Features, PromptSet, Proposal
-from lib.decoder import decode
+from lib.decoder import MAX_PAIRS, decode
 from lib.errors import ConfigError, WeightsError
 from lib.nn.adapters import clone, inject, unshare
 from lib.plugins import load as load_plugin
@@ -62,7 +62,13 @@ class Learned(nn.Module):
         self.backbone.requires_grad_(False)  # a clone shares parameters, and they are frozen already
         self._trained = self._prepare(plugin, config)
         self.method: Any = plugin.build(config, backbone.spec)
+        if hasattr(self.method, "adopt"):
+            self.method.adopt(self.backbone)
+        self.slices: int = getattr(self.method, "slices", 1)
+        self.warm_up: float = getattr(self.method, "warm_up", 0.0)
+        self.progress = 1.0  # share of its training that is done
         self.losses = plugin.losses
+        self.rounds: Optional[Callable[..., Iterator[dict[str, Tensor]]]] = getattr(plugin, "rounds", None)
 
     def _prepare(self, plugin: Any, config: Any) -> list[str]:
         if self.preset == "full":
@@ -132,13 +138,19 @@ class Learned(nn.Module):
             for name in self._trained:
                 own[name].copy_(tensors[BACKBONE + name])
 
+    def encode(self, x: Tensor, depth: int = 1) -> Features:
+        """Features with the taps that the method reads; ``depth`` images in a row are slices of one volume."""
+        with self.backbone.volume.spanning(depth, len(x)):
+            return replace(self.backbone.encode(x, self.method.taps), depth=depth)
+
     def propose(self, features: Features) -> Proposal:
         """Learned prompts of all classes for B images."""
         return self.method.propose(features)
 
     def decode(
-        self, features: Features, proposal: Optional[Proposal], user: PromptSet, image_index: Tensor
-    ) -> tuple[DecoderOut, Answer]:
+        self, features: Features, proposal: Optional[Proposal], user: PromptSet, image_index: Tensor,
+        *, train_prompts: bool = True,
+    ) -> tuple[DecoderOut, Answer]:  # fmt: skip
         """One decoder call with learned and user prompts together.
 
         Args:
@@ -146,28 +158,91 @@ class Learned(nn.Module):
             proposal: of the N pairs asked about, or None for the user's prompts alone.
             user: of the same pairs, or empty.
             image_index: ``(N,)`` whose image each pair looks at.
+            train_prompts: False keeps gradients out of the prompt encoder and of what it embeds.
         """
-        prompts = user if proposal is None else merge(proposal.prompts, user)
+        prompts = user if proposal is None else merge(proposal.prompts, user, yields=proposal.yields)
         hooks = None if proposal is None else proposal.hooks
-        embedded = self.backbone.embed_prompts(prompts, len(image_index))
-        out = decode(self.spec, self.backbone.mask_decoder, features, embedded, image_index=image_index, hooks=hooks)
-        token = self.method.mask_token
-        obj = out.masks.new_zeros(len(image_index)) if out.obj is None else out.obj[:, 0].float()
-        return out, Answer(out.masks[:, token].float(), out.iou[:, token].float().clamp(0, 1), obj)
+        with torch.set_grad_enabled(train_prompts and torch.is_grad_enabled()):
+            embedded = self.backbone.embed_prompts(prompts, len(image_index))
+        depth = features.depth if torch.equal(image_index, self._every_pair(features)) else 1
+        with self.backbone.volume.spanning(depth, features.embed.shape[0]):
+            out = decode(
+                self.spec, self.backbone.mask_decoder, features, embedded, image_index=image_index, hooks=hooks,
+                max_pairs=MAX_PAIRS if depth == 1 else len(image_index),  # a volume's slices stay in one chunk
+            )  # fmt: skip
+        masks, iou = read_token(out, self.method.mask_token)
+        said = out.obj if proposal is None or proposal.obj is None else proposal.obj
+        obj = out.masks.new_zeros(len(image_index)) if said is None else said[:, 0].float()
+        if proposal is not None and proposal.final and proposal.masks is not None and user.pairs is None:
+            masks = proposal.masks[:, 0]
+        if proposal is not None and proposal.refine is not None:
+            masks = proposal.refine(masks, prompts, image_index)
+        return out, Answer(masks.float(), iou.float().clamp(0, 1), obj)
 
     def autonomous(self, features: Features) -> Answer:
         """Masks of all classes on B images, nobody clicks."""
+        return self.decode(features, self.propose(features), PromptSet(), self._every_pair(features))[1]
+
+    def corrected(self, features: Features, proposal: Optional[Proposal], user: PromptSet, pairs: Tensor) -> Answer:
+        """Masks of some pairs with the user's prompts on them.
+
+        Args:
+            features: of B images.
+            proposal: of all their pairs, or None for the user's prompts alone.
+            user: of the pairs asked about, without tokens and dense maps.
+            pairs: ``(n,)`` their numbers.
+        """
+        every = self._every_pair(features)
+        if proposal is None or proposal.refine is None:
+            cut = None if proposal is None else rows(proposal, pairs)
+            return self.decode(features, cut, user, every[pairs])[1]
+        answer = self.decode(features, proposal, spread(user, pairs, len(every)), every)[1]  # pairs look at each other
+        return Answer(answer.masks[pairs], answer.iou[pairs], answer.obj[pairs])
+
+    def _every_pair(self, features: Features) -> Tensor:
+        """``(N,)`` image of every pair."""
         images = torch.arange(features.embed.shape[0], device=features.embed.device)
-        index = images.repeat_interleave(self.classes)
-        return self.decode(features, self.propose(features), PromptSet(), index)[1]
+        return images.repeat_interleave(self.classes)
+
+
+def read_token(out: DecoderOut, token: Optional[int]) -> tuple[Tensor, Tensor]:
+    """``(masks (N, 4h, 4w), predicted IoU (N,))`` of one mask token, see :class:`lib.contracts.Method`."""
+    if token is not None:
+        return out.masks[:, token], out.iou[:, token]
+    best = 1 + out.iou[:, 1:].argmax(1)
+    pairs = torch.arange(len(best), device=best.device)
+    return out.masks[pairs, best], out.iou[pairs, best]
 
 
 def rows(proposal: Proposal, pairs: Tensor) -> Proposal:
     """The proposal of some of its pairs, ``(n,)`` long."""
     hooks = proposal.hooks
-    cut = {k: None if getattr(hooks, k) is None else getattr(hooks, k)[pairs] for k in ("token_shift", "extra_tokens")}
-    boxes, masks = (None if t is None else t[pairs] for t in (proposal.boxes, proposal.masks))
-    return Proposal(proposal.prompts.rows(pairs), type(hooks)(**cut, obj_head=hooks.obj_head), boxes, masks)
+    parts = ("token_shift", "extra_tokens", "place")
+    cut = {k: None if getattr(hooks, k) is None else getattr(hooks, k)[pairs] for k in parts}
+    boxes, masks, obj = (None if t is None else t[pairs] for t in (proposal.boxes, proposal.masks, proposal.obj))
+    hooks = type(hooks)(**cut, obj_head=hooks.obj_head)
+    prompts = proposal.prompts.rows(pairs)
+    return replace(proposal, prompts=prompts, hooks=hooks, boxes=boxes, masks=masks, obj=obj)
+
+
+def spread(user: PromptSet, pairs: Tensor, total: int) -> PromptSet:
+    """The prompts of some pairs as those of ``total`` pairs, of which the others have none."""
+
+    def placed(part: Optional[Tensor], empty: float) -> Optional[Tensor]:
+        if part is None:
+            return None
+        found = part.new_full((total, *part.shape[1:]), empty)
+        found[pairs] = part
+        return found
+
+    given = torch.ones_like(pairs, dtype=torch.bool) if user.mask_given is None else user.mask_given
+    return PromptSet(
+        points_xy=placed(user.points_xy, 0.0),
+        labels=placed(user.labels, -1),
+        boxes_xy=placed(user.boxes_xy, torch.nan),
+        masks=placed(user.masks, 0.0),
+        mask_given=None if user.masks is None else placed(given, False),
+    )
 
 
 def combine(masks: Tensor, obj: Tensor) -> Tensor:

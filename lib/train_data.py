@@ -9,6 +9,7 @@ function of (seed, step), so a resumed run sees what it would have seen. Frame: 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -77,6 +78,8 @@ class Batches:
         if recipe.augment not in MOVES:
             raise ConfigError(f"augment: expected one of {list(MOVES)}, received {recipe.augment!r}.")
         self.model, self.slices, self.recipe = model, list(slices), recipe
+        longest = max((s.case.volume.shape[s.axis] for s in self.slices), default=1)
+        self.depth = min(model.slices, longest)  # of the window around a slice; shorter volumes repeat their last slice
         self.views = 0 if model.changes_encoder else self._fitting_views()
         self._kept: list[list[tuple[Features, Tensor]]] = []
         self._pe = model.backbone.grid_encoding()
@@ -102,7 +105,7 @@ class Batches:
     def batch(self, step: int) -> tuple[Features, Tensor]:
         """Features of B slices and targets ``(B, K, G, G)`` in 0..1."""
         rng = np.random.default_rng((self.recipe.seed, step))
-        size = min(self.recipe.batch, len(self.slices))
+        size = min(max(1, self.recipe.batch // self.depth), len(self.slices))
         places = rng.choice(len(self.slices), size, replace=False)
         views = self._draw_views(size, rng)
         if self._kept:
@@ -119,15 +122,23 @@ class Batches:
         return np.where(rng.random(size) < 1 / max(2, self.recipe.views), 0, fresh).tolist()
 
     def _encode(self, wanted: Sequence[tuple[int, int]]) -> tuple[Features, Tensor]:
-        pairs = [self._view(place, view) for place, view in wanted]
+        pairs = [pair for place, view in wanted for pair in self._window(place, view)]
         device = self._pe.device
         x = torch.stack([image for image, _ in pairs]).to(device)
         targets = torch.stack([target for _, target in pairs]).to(device)
         with torch.set_grad_enabled(self.model.changes_encoder and torch.is_grad_enabled()):
-            return self.model.backbone.encode(x, self.model.method.taps), targets
+            return self.model.encode(x, self.depth), targets
 
-    def _view(self, place: int, view: int) -> tuple[Tensor, Tensor]:
-        pixels, classes = self.slices[place].pixels(), self.slices[place].classes()
+    def _window(self, place: int, view: int) -> list[tuple[Tensor, Tensor]]:
+        """A slice, or the window around it, all moved alike."""
+        centre = self.slices[place]
+        count = centre.case.volume.shape[centre.axis]
+        start = min(max(0, centre.index - self.depth // 2), max(0, count - self.depth))
+        indices = [min(start + n, count - 1) for n in range(self.depth)]
+        return [self._view(replace(centre, index=index), place, view) for index in indices]
+
+    def _view(self, one: Slice, place: int, view: int) -> tuple[Tensor, Tensor]:
+        pixels, classes = one.pixels(), one.classes()
         if view:
             seed = np.random.SeedSequence((self.recipe.seed, place, view)).generate_state(1)[0]
             pixels, classes = augmented(pixels, classes, int(seed), MOVES[self.recipe.augment])
@@ -145,8 +156,8 @@ class Batches:
         cells, numbers = spec.grid**2, spec.prompt_width * spec.grid**2
         if spec.has_high_res:
             numbers += cells * 4 * (spec.prompt_width // 4) + cells * 16 * (spec.prompt_width // 8)
-        numbers += sum(c * (spec.input_size // stride) ** 2 for name, stride, c in spec.pyramid if name in taps)
-        return 2 * (numbers + self.model.classes * spec.mask_size**2)
+        numbers += sum(math.prod(spec.tap_shape(name)) for name in taps)
+        return 2 * self.depth * (numbers + self.model.classes * spec.mask_size**2)
 
     def _halved(self, features: Features, target: Tensor) -> tuple[Features, Tensor]:
         # not pe, which is the same for all: it would double what SAM 1 keeps

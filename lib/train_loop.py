@@ -11,10 +11,10 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from lib.contracts import Features, PromptSet
 from lib.data.samples import TrainingCase
 from lib.errors import ConfigError
 from lib.evaluate import FeaturesOf, case_dice, encoded, kept, segmented, summary
-from lib.learned import Learned, rows
+from lib.learned import Learned
 from lib.nn.losses import area_bce, dice_loss, soft_iou
 from lib.prompts.simulate import user_prompts
 from lib.train_data import Batches
@@ -79,6 +79,8 @@ def step_loss(
     index = torch.arange(images, device=target.device).repeat_interleave(classes)
     flat = target.flatten(0, 1)
     proposal = model.propose(features)
+    if model.progress < model.warm_up:  # its prompts are useless yet
+        return _totalled(model.losses(preset, None, proposal, flat, model.spec))
     _, answer = model.decode(features, proposal, PromptSet(), index)
     parts = model.losses(preset, answer, proposal, flat, model.spec)
     rng = torch.Generator().manual_seed(seed)
@@ -87,15 +89,31 @@ def step_loss(
     if len(present):
         scale = model.spec.input_size / flat.shape[-1]
         user = user_prompts(hard[present], answer.masks.detach()[present] > 0, scale, rng)
-        learned = None if float(torch.rand(1, generator=rng)) < ALONE else rows(proposal, present)
-        _, assisted = model.decode(features, learned, user, index[present])
+        learned = None if float(torch.rand(1, generator=rng)) < ALONE else proposal
+        assisted = model.corrected(features, learned, user, present)
         parts["assisted"] = (
             0.5 * (dice_loss(assisted.masks, flat[present]) + area_bce(assisted.masks, flat[present])).mean()
         )
     if model.preset != "frozen":  # a head that is not trained cannot follow
         parts["quality"] = F.mse_loss(answer.iou, soft_iou(answer.masks.detach(), flat))
+    return _totalled(parts)
+
+
+def _totalled(parts: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
     total = torch.stack(list(parts.values())).sum()
     return total, {k: float(v.detach()) for k, v in {"loss": total, **parts}.items()}
+
+
+def losses_of(
+    model: Learned, features: Features, target: Tensor, preset: str, seed: int
+) -> Iterator[tuple[Tensor, dict[str, float]]]:
+    """Losses of one batch, one optimiser step each: :func:`step_loss`, or a method's own rounds where the backbone is
+    trained, each of which is computed after the step on the one before."""
+    if model.rounds is None or model.preset == "frozen":
+        yield step_loss(model, features, target, preset, seed)
+        return
+    for parts in model.rounds(model, features, target, preset, seed):
+        yield _totalled(parts)
 
 
 def fit(run: Run, report: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
@@ -179,11 +197,22 @@ class _Session:
     def _step(self, engine: Any, _: Any) -> dict[str, float]:
         run, step = self.run, engine.state.iteration
         run.model.train()
+        run.model.progress = (step - 1) / (run.recipe.epochs * run.steps)
         torch.manual_seed(run.recipe.seed * 1_000_003 + step)  # dropout too is a function of the step
-        self.optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.amp):
+        with self._autocast():
             features, target = run.batches.batch(step)
-            loss, parts = step_loss(run.model, features, target, run.recipe.loss, step)
+        rounds = losses_of(run.model, features, target, run.recipe.loss, step)
+        found = list(iter(lambda: self._round(rounds, step), None))
+        self.scheduler.step()
+        return found[0]  # later rounds only correct it
+
+    def _round(self, rounds: Iterator[tuple[Tensor, dict[str, float]]], step: int) -> Optional[dict[str, float]]:
+        """One optimiser step on the next loss; None where there is none left."""
+        self.optimiser.zero_grad(set_to_none=True)
+        with self._autocast():
+            loss, parts = next(rounds, (None, {}))
+        if loss is None:
+            return None
         if not math.isfinite(parts["loss"]):
             raise ConfigError(f"The loss became {parts['loss']} in step {step}. Train again with a smaller lr.")
         self.scaler.scale(loss).backward()
@@ -191,8 +220,10 @@ class _Session:
         torch.nn.utils.clip_grad_norm_([p for g in self.optimiser.param_groups for p in g["params"]], 1.0)
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        self.scheduler.step()
         return parts
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.float16, enabled=self.amp)
 
     def _after_step(self) -> None:
         if time.monotonic() - self.saved > SAVE_S:

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.contracts import BackboneSpec, PromptSet, autocast_off
-from lib.errors import ConfigError, PromptError
+from lib.contracts import BackboneSpec, Features, PromptSet, autocast_off, is_image_tap
+from lib.errors import PromptError
 
 NOT_A_POINT = -1
 CORNERS = (2, 3)  # labels of a box's first and second corner, as in SAM 2's predictor
@@ -63,16 +64,26 @@ class SamBackbone(nn.Module):
         unit_xy = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1)  # (h, w, 2)
         return fourier(gaussian, unit_xy).permute(2, 0, 1)[None]
 
-    def check_taps(self, taps: Sequence[str]) -> None:
-        """Refuses names that are not in the spec's pyramid.
+    def encode(self, x: Tensor, taps: tuple[str, ...] = ()) -> Features:
+        """Image to features, with the input itself among the taps where it is asked for.
+
+        Args:
+            x: ``(B, 3, S, S)`` float32, normalised.
+            taps: out of the spec's pyramid, or :func:`lib.contracts.image_tap`.
 
         Raises:
-            ConfigError: naming those that exist.
+            ConfigError: for another tap.
         """
-        known = [name for name, _, _ in self.spec.pyramid]
-        wrong = [name for name in taps if name not in known]
-        if wrong:
-            raise ConfigError(f"{self.spec.name}: expected taps out of {known}, received {wrong}.")
+        shapes = {name: self.spec.tap_shape(name) for name in taps}
+        features = self.encode_maps(x, tuple(name for name in taps if not is_image_tap(name)))
+        for name, shape in shapes.items():
+            if is_image_tap(name):
+                features.taps[name] = F.interpolate(x, shape[1:], mode="bilinear", align_corners=False, antialias=True)
+        return features
+
+    def encode_maps(self, x: Tensor, taps: tuple[str, ...]) -> Features:
+        """:meth:`encode` of the family, for taps of the pyramid."""
+        raise NotImplementedError
 
 
 def _pairs(spec: BackboneSpec, prompts: PromptSet, pairs: Optional[int]) -> int:

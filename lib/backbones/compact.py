@@ -58,9 +58,8 @@ class Compact(SamBackbone):
         self.mask_decoder = MaskDecoder(spec.prompt_width, size)
         self.eval()
 
-    def encode(self, x: Tensor, taps: tuple[str, ...] = ()) -> Features:
+    def encode_maps(self, x: Tensor, taps: tuple[str, ...]) -> Features:
         """``x (B, 3, S, S)`` to features; ``taps`` out of ``stride4``, ``stride8``, ``stride16``."""
-        self.check_taps(taps)
         maps = self.image_encoder(x)
         embed, s1, s0 = self.image_encoder.fuse(maps)
         high = (self.mask_decoder.conv_s0(s0), self.mask_decoder.conv_s1(s1))
@@ -77,7 +76,7 @@ class Compact(SamBackbone):
 
 
 def _paths(size: CompactSize) -> dict[str, str]:
-    paths = {"enc": "image_encoder"}
+    paths = {"enc": "image_encoder", "enc.stem": "image_encoder.stem"}
     parts = {"attn.qkv": "qkv", "attn.proj": "proj", "mlp": "mlp", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2"}
     for i in range(size.depths[2]):
         block = f"image_encoder.stage16.{i}"

@@ -68,20 +68,20 @@ class MobileSam(SamBackbone):
 
     def __init__(self, spec: BackboneSpec, size: TinyVitSize) -> None:
         blocks = [f"image_encoder.layers.{s}.blocks.{i}" for s in (1, 2, 3) for i in range(size.depths[s])]
-        paths = encoder_paths(blocks, "mlp.fc1", "mlp.fc2") | decoder_paths("mask_decoder", "mlp.lin1", "mlp.lin2")
+        paths = encoder_paths(blocks, "mlp.fc1", "mlp.fc2") | {"enc.stem": "image_encoder.patch_embed"}
+        paths |= decoder_paths("mask_decoder", "mlp.lin1", "mlp.lin2")
         super().__init__(spec, paths)
         self.image_encoder = TinyVit(size, spec.prompt_width)
         self.prompt_encoder = prompt_encoder(spec)
         self.mask_decoder = mask_decoder(spec)
 
-    def encode(self, x: Tensor, taps: tuple[str, ...] = ()) -> Features:
+    def encode_maps(self, x: Tensor, taps: tuple[str, ...]) -> Features:
         """Image to embedding.
 
         Args:
             x: ``(B, 3, S, S)`` float32, normalised.
             taps: out of ``patch_embed`` and ``stage0`` to ``stage3``; a stage ends after its merging.
         """
-        self.check_taps(taps)
         encoder = self.image_encoder
         maps = {"patch_embed": encoder.patch_embed(x)}
         last = maps["patch_embed"]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lib.backbones._common import SamBackbone, decoder_paths, encoder_paths
 from lib.config import BackboneRow, from_mapping
 from lib.contracts import BackboneSpec, Features, no_grad_eval
+from lib.nn.adapters import ParallelAdapter
 
 PATCH = 16
 
@@ -64,20 +65,20 @@ class Sam(SamBackbone):
 
     def __init__(self, spec: BackboneSpec, size: SamSize) -> None:
         blocks = [f"image_encoder.blocks.{i}" for i in range(size.depth)]
-        paths = encoder_paths(blocks, "mlp.lin1", "mlp.lin2") | decoder_paths("mask_decoder", "mlp.lin1", "mlp.lin2")
+        paths = encoder_paths(blocks, "mlp.lin1", "mlp.lin2") | {"enc.stem": "image_encoder.patch_embed"}
+        paths |= decoder_paths("mask_decoder", "mlp.lin1", "mlp.lin2")
         super().__init__(spec, paths)
         self.image_encoder = _image_encoder(size, spec.prompt_width)
         self.prompt_encoder = prompt_encoder(spec)
         self.mask_decoder = mask_decoder(spec)
 
-    def encode(self, x: Tensor, taps: tuple[str, ...] = ()) -> Features:
+    def encode_maps(self, x: Tensor, taps: tuple[str, ...]) -> Features:
         """Image to embedding.
 
         Args:
             x: ``(B, 3, S, S)`` float32, normalised.
             taps: out of ``block<i>`` for the globally attending blocks, each ``(B, C, h, w)``.
         """
-        self.check_taps(taps)
         encoder, kept = self.image_encoder, {}
         tokens = encoder.patch_embed(x)  # (B, h, w, C)
         tokens = tokens + _resized(encoder.pos_embed, tokens.shape[1])
@@ -136,33 +137,6 @@ def _resized(pos_embed: Tensor, grid: int) -> Tensor:
         return pos_embed
     maps = pos_embed.permute(0, 3, 1, 2)  # (1, C, h, w)
     return F.interpolate(maps, (grid, grid), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
-
-
-class ParallelAdapter(nn.Module):
-    """SAM-Med2D's adapter: channel gate, then a spatial pass, residual and norm (METHODS 5.2); NHWC in and out.
-
-    Not identity with random weights; 15,042,048 parameters at C = 768.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        hidden = width // 4
-        self.channel = nn.Sequential(
-            nn.Linear(width, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, width, bias=False), nn.Sigmoid()
-        )
-        self.spatial = nn.Sequential(
-            nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False),
-            nn.ReLU(),
-            nn.ConvTranspose2d(width, width, 4, stride=2, padding=1, bias=False),
-            nn.ReLU(),
-        )
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, h, w, C)`` to the same shape."""
-        gate = self.channel(x.mean((1, 2)))[:, None, None]  # (B, 1, 1, C)
-        spatial = self.spatial((gate * x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.norm(x + spatial)
 
 
 class AdapterBlock(Block):

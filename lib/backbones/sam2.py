@@ -77,7 +77,8 @@ class Sam2(SamBackbone):
     def __init__(self, spec: BackboneSpec, size: HieraSize) -> None:
         blocks = [f"image_encoder.trunk.blocks.{i}" for i in range(sum(size.stages))]
         fc = ("mlp.layers.0", "mlp.layers.1")
-        super().__init__(spec, encoder_paths(blocks, *fc) | decoder_paths("sam_mask_decoder", *fc))
+        stem = {"enc.stem": "image_encoder.trunk.patch_embed"}
+        super().__init__(spec, encoder_paths(blocks, *fc) | stem | decoder_paths("sam_mask_decoder", *fc))
         self.image_encoder = _image_encoder(size, spec.prompt_width)
         self.sam_prompt_encoder = _prompt_encoder(spec)
         self.sam_mask_decoder = _mask_decoder(spec)
@@ -89,14 +90,13 @@ class Sam2(SamBackbone):
         """The decoder, under the name of the contract."""
         return self.sam_mask_decoder
 
-    def encode(self, x: Tensor, taps: tuple[str, ...] = ()) -> Features:
+    def encode_maps(self, x: Tensor, taps: tuple[str, ...]) -> Features:
         """Image to embedding and high-resolution maps.
 
         Args:
             x: ``(B, 3, S, S)`` float32, normalised; S is a multiple of 32.
             taps: out of ``stage0`` to ``stage3`` (strides 4 to 32), each ``(B, C, S/stride, S/stride)``.
         """
-        self.check_taps(taps)
         stages = self.image_encoder.trunk(x)
         maps, _ = self.image_encoder.neck(stages)
         fine, middle, coarse = maps[:-SCALP]

@@ -1,6 +1,7 @@
-"""Small trainable parts that are put around frozen layers, placed by canonical path (METHODS 1.4, 3.2).
+"""Trainable parts that are put around frozen layers, placed by canonical path (METHODS 1.4, 3.2, 5.2).
 
-Every part is the identity at step 0, because its last layer starts at zero, and a test says so for each. Only torch.
+Every injected part is the identity at step 0, because its last layer starts at zero, and a test says so for each.
+Only torch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.contracts import Backbone
+from lib.nn.volume import VolumeContext
 
 
 class LoraLinear(nn.Module):
@@ -46,6 +48,82 @@ class BottleneckBefore(nn.Module):
         last = x.permute(0, 2, 3, 1) if self.channels_first else x
         change = nn.functional.gelu(self.up(nn.functional.gelu(self.down(last))))
         return self.block(x + (change.permute(0, 3, 1, 2) if self.channels_first else change))
+
+
+class ParallelAdapter(nn.Module):
+    """SAM-Med2D's adapter: channel gate, then a spatial pass, residual and norm (METHODS 5.2); NHWC in and out.
+
+    Not identity with random weights; 15,042,048 parameters at C = 768. Its key layout is the released one.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.channel, self.spatial = _channel_gate(width), _spatial_pass(width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, h, w, C)`` to the same shape."""
+        return self.norm(x + _gated_spatial(x, self.channel, self.spatial))
+
+
+class LightParallelAdapter(nn.Module):
+    """The same gate and spatial pass at a reduced width between two 1x1 projections; its output scale starts at zero.
+
+    383,232 parameters at C = 768 and width 96, a fortieth of :class:`ParallelAdapter`.
+    """
+
+    def __init__(self, channels: int, width: int = 96) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(channels, width, bias=False), nn.Linear(width, channels, bias=False)
+        self.channel, self.spatial = _channel_gate(width), _spatial_pass(width)
+        self.scale = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, h, w, C)`` to the same shape."""
+        x = self.down(x)
+        return self.scale * self.up(x + _gated_spatial(x, self.channel, self.spatial))
+
+
+def _channel_gate(width: int) -> nn.Sequential:
+    hidden = width // 4
+    return nn.Sequential(
+        nn.Linear(width, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, width, bias=False), nn.Sigmoid()
+    )
+
+
+def _spatial_pass(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False),
+        nn.ReLU(),
+        nn.ConvTranspose2d(width, width, 4, stride=2, padding=1, bias=False),
+        nn.ReLU(),
+    )
+
+
+def _gated_spatial(x: Tensor, channel: nn.Module, spatial: nn.Module) -> Tensor:
+    gate = channel(x.mean((1, 2)))[:, None, None]  # (B, 1, 1, C)
+    height, width = x.shape[1:3]
+    found = spatial((gate * x).permute(0, 3, 1, 2))[..., :height, :width]  # an odd side comes back one cell longer
+    return found.permute(0, 2, 3, 1)
+
+
+class BesideMlp(nn.Module):
+    """``mlp(x) + adapter(x)`` on what the block's MLP takes in (METHODS 5.1); NHWC, or ``(B, hw, C)`` of a square."""
+
+    def __init__(self, mlp: nn.Module, adapter: nn.Module) -> None:
+        super().__init__()
+        self.mlp, self.adapter = mlp, adapter
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x) + on_grid(self.adapter, x)
+
+
+def on_grid(module: nn.Module, x: Tensor) -> Tensor:
+    """An NHWC module on tokens that may have been flattened from a square."""
+    if x.ndim == 4:
+        return module(x)
+    side = math.isqrt(x.shape[1])
+    return module(x.unflatten(1, (side, side))).flatten(1, 2)
 
 
 Wrap = Callable[[Any, Any], nn.Module]
@@ -86,10 +164,41 @@ def bottleneck(pattern: str, backbone: Any, width: int = 64) -> list[Injector]:
     return [Injector(re.escape(name), around(name)) for name in names]
 
 
+def parallel(pattern: str, backbone: Any, *, wide: bool = False) -> list[Injector]:
+    """SAM-Med2D's adapter beside the MLP of every encoder block that matches; ``wide`` takes the released layout.
+
+    Raises:
+        ValueError: for a pattern that matches nothing.
+    """
+    names = [n for n in backbone.paths if re.fullmatch(pattern, n)]
+    if not names:
+        raise ValueError(f"{backbone.spec.name} has no layer {pattern!r}.")
+
+    def beside(name: str) -> Wrap:
+        channels = backbone.get_submodule(backbone.paths[f"{name}.mlp.fc1"]).in_features
+        return lambda mlp, _: BesideMlp(mlp, _silent(channels) if wide else LightParallelAdapter(channels))
+
+    return [Injector(re.escape(f"{name}.mlp"), beside(name)) for name in names]
+
+
+def _silent(channels: int) -> ParallelAdapter:
+    """The released layout with its last layer at zero, so that it starts as the identity like every other part."""
+    adapter = ParallelAdapter(channels)
+    for layer in (adapter.spatial[0], adapter.spatial[2]):
+        nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")  # type: ignore[arg-type]
+    nn.init.zeros_(adapter.norm.weight)
+    return adapter
+
+
 def clone(backbone: Backbone) -> Any:
-    """A copy with modules of its own and shared tensors, so that a copy of a large encoder costs nothing."""
+    """A copy with modules of its own and shared tensors, so that a copy of a large encoder costs nothing.
+
+    Its ``volume`` tells parts that see neighbouring slices which ones these are.
+    """
     shared = [*backbone.parameters(), *backbone.buffers()]  # type: ignore[attr-defined]
-    return copy.deepcopy(backbone, {id(t): t for t in shared})
+    found: Any = copy.deepcopy(backbone, {id(t): t for t in shared})
+    found.volume = VolumeContext()
+    return found
 
 
 def inject(backbone: Any, injectors: Iterable[Injector]) -> list[str]:

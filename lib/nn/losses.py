@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,3 +99,43 @@ def box_loss(boxes: Tensor, target: Tensor) -> Tensor:
 def present_mean(values: Tensor, present: Tensor) -> Tensor:
     """Mean over the pairs that count, 0 where none does: never 0/0."""
     return (values * present).sum() / present.sum().clamp_min(1)
+
+
+def bce_dice(logits: Tensor, target: Tensor) -> Tensor:
+    """``(N,)`` mean cross entropy and soft Dice loss, weights 1:1 (METHODS 2.3, 6.3)."""
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none").flatten(1).mean(1)
+    return entropy + dice_loss(logits, target)
+
+
+def visible(target: Tensor, pixels: float) -> Tensor:
+    """``(N,)`` 1 where ``(N, G, G)`` targets cover more than 10 of ``pixels`` input pixels per cell, else 0.
+
+    A class of a few pixels teaches its objectness only (METHODS 3.5).
+    """
+    return (target.flatten(1).sum(1) * pixels > 10).float()
+
+
+def presence_loss(obj: Tensor, target: Tensor) -> Tensor:
+    """Scalar cross entropy of ``(N,)`` objectness logits with whether ``(N, G, G)`` targets hold anything, smoothed."""
+    there = 0.05 + 0.9 * (target.flatten(1).sum(1) > 0).float()
+    return F.binary_cross_entropy_with_logits(obj.clamp(-10, 10), there)
+
+
+def point_loss(points_xy: Tensor, labels: Tensor, target: Tensor, side: int) -> Tensor:
+    """``(N,)`` cross entropy of what lies under each point with what it says, differentiable in the coordinates.
+
+    Args:
+        points_xy: ``(N, P, 2)`` in pixels of the backbone's input.
+        labels: ``(N, P)``, 1 inside, 0 outside, -1 not counted.
+        target: ``(N, G, G)`` in 0..1, blurred here with sigma ``side / 128`` pixels so that there is a slope.
+        side: S of the input in pixels (METHODS 6.3).
+    """
+    from torchvision.transforms.functional import gaussian_blur  # pretraining runs without torchvision
+
+    sigma = target.shape[-1] / 128
+    soft = gaussian_blur(target[:, None].float(), 2 * math.ceil(3 * sigma) + 1, sigma)
+    grid = (points_xy.float() + 0.5) / side * 2 - 1
+    under = F.grid_sample(soft, grid[:, :, None], padding_mode="border", align_corners=False)[:, 0, :, 0]  # (N, P)
+    right = torch.where(labels == 1, under, 1 - under).clamp(1e-2, 1)
+    counted = (labels >= 0).float()
+    return -(right.log() * counted).sum(1) / counted.sum(1).clamp_min(1)

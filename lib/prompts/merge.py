@@ -5,6 +5,7 @@ Empty user = autonomous mode; empty learned = plain SAM; both = the interactive 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Optional
 
 import torch
@@ -13,21 +14,34 @@ from torch import Tensor
 from lib.contracts import PromptSet
 
 
-def merge(learned: PromptSet, user: PromptSet) -> PromptSet:
+def merge(learned: PromptSet, user: PromptSet, *, yields: bool = False) -> PromptSet:
     """Points, boxes and free tokens are concatenated, learned ones first; a user's mask wins over the learned one.
 
     Args:
         learned: of N pairs, or empty.
         user: of the same N pairs, or empty.
+        yields: True lets a pair's learned points give way where the user has points on it, and boxes likewise.
 
     Returns:
         A set of N pairs.
     """
+    if yields:
+        learned = _given_way(learned, user)
     masks, given = _masks(learned, user)
     points, labels = _cat(learned.points_xy, user.points_xy), _cat(learned.labels, user.labels)
     boxes = _cat(_several(learned.boxes_xy), _several(user.boxes_xy))
     dense = user.dense if user.dense is not None else learned.dense
     return PromptSet(points, labels, boxes, masks, given, _cat(learned.tokens, user.tokens), dense)
+
+
+def _given_way(learned: PromptSet, user: PromptSet) -> PromptSet:
+    labels, boxes = learned.labels, _several(learned.boxes_xy)
+    if labels is not None and user.labels is not None:
+        labels = torch.where((user.labels >= 0).any(1, keepdim=True), -1, labels)
+    if boxes is not None and user.boxes_xy is not None:
+        said = torch.isfinite(user.boxes_xy).reshape(len(boxes), -1, 4).all(2).any(1)
+        boxes = torch.where(said[:, None, None], torch.nan, boxes)
+    return replace(learned, labels=labels, boxes_xy=boxes)
 
 
 def _several(boxes: Optional[Tensor]) -> Optional[Tensor]:

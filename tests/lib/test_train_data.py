@@ -149,7 +149,7 @@ def test_views_of_a_slice_move_image_and_target_together(frozen: Learned, found:
     one = Batches(frozen, all_slices(found), TrainRecipe())
     labelled = next(n for n, s in enumerate(one.slices) if (s.classes() == 1).sum() > 50)
     for view in range(6):
-        pixels, target = one._view(labelled, view)
+        ((pixels, target),) = one._window(labelled, view)
         grey = torch.nn.functional.avg_pool2d(pixels.mean(0)[None, None], 4)[0, 0]
         inside = target.sum(0) > 0.9
         outside = target.sum(0) == 0

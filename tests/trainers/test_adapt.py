@@ -10,6 +10,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.exception import MONAILabelException
 
@@ -221,7 +222,7 @@ def test_wrong_option_is_named(world: World, request_: dict[str, Any], words: st
 
 
 def test_loss_that_is_no_number_reaches_the_client(world: World, monkeypatch) -> None:
-    monkeypatch.setattr(train_loop, "step_loss", lambda *_: (None, {"loss": float("nan")}))
+    monkeypatch.setattr(train_loop, "step_loss", lambda *_: (torch.zeros(()), {"loss": float("nan")}))
     with pytest.raises(MONAILabelException, match="loss became nan in step 1"):
         world.fill(2).train()
     assert "smaller lr" in world.task.stats()["error"]

@@ -17,13 +17,18 @@ from lib.config import MethodRow, TrainRecipe, backbone_row
 from lib.contracts import Features, Method, PromptSet
 from lib.decoder import decode
 from lib.errors import WeightsError
-from lib.learned import PRESETS, Learned, rows
+from lib.learned import PRESETS, Learned, read_token
 from lib.train_loop import step_loss
 
 CLASSES = 3
 BACKBONES = ("tiny", "compact", "sam_vit_b", "sam2.1_tiny", "mobile_sam")
-FORMS: dict[str, list[dict[str, Any]]] = {"sam2rad": [{}, {"form": "high_res"}]}
-NO_GRADIENT = {"sam2rad": (".k.bias",)}  # softmax ignores what is the same for all keys
+FORMS: dict[str, list[dict[str, Any]]] = {
+    "sam2rad": [{}, {"form": "high_res"}],
+    "sam_med2d": [{}, {"adapter": "wide"}],
+    "promise": [{"form": "light"}, {"form": "cross", "positive": 1, "negative": 2}],
+}
+# softmax ignores what is the same for all keys, or for all cells of a heat map
+NO_GRADIENT = {"sam2rad": (".k.bias",), "sam_med2d": (".k.bias",), "promise": ("points.head.bias",)}
 EVERY = [(m, o) for m in plugins.names("methods") for o in FORMS.get(m, [{}])]
 METHODS = pytest.mark.parametrize("method, options", EVERY)
 BACKBONE = pytest.mark.parametrize("name", BACKBONES)
@@ -78,16 +83,35 @@ def train(model: Learned, steps: int) -> None:
     model.eval()
 
 
+def training_loss(model: Learned) -> float:
+    """As the optimiser sees it: three steps are too few for the averages that batch norms use afterwards."""
+    model.train()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        found = float(loss_of(model))
+    model.eval()
+    return found
+
+
+def shake(model: Learned) -> None:
+    """Lets every layer of the method that starts at zero say something."""
+    rng = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.method.parameters():
+            p += 0.0 if p.any() else 0.1 * torch.randn(p.shape, generator=rng)
+
+
 def parts(proposal: Any) -> dict[str, Tensor]:
     hooks = {k: getattr(proposal.hooks, k) for k in ("token_shift", "extra_tokens")}
-    found = {**vars(proposal.prompts), **hooks, "boxes": proposal.boxes, "interim": proposal.masks}
-    return {k: v for k, v in found.items() if v is not None}
+    found = {**vars(proposal.prompts), **hooks, "boxes": proposal.boxes, "interim": proposal.masks, "obj": proposal.obj}
+    return {k: v.float().nan_to_num() for k, v in found.items() if v is not None}  # a pair without a box has NaN
 
 
 @METHODS
 @BACKBONE
 def test_propose_gives_pairs_image_by_image(learn, method, options, name) -> None:
     model = learn(method, name, options)
+    shake(model)  # some propose the same for all classes at step 0
     both = encoded(model)
     with torch.no_grad():
         together = parts(model.propose(both))
@@ -101,8 +125,7 @@ def test_propose_gives_pairs_image_by_image(learn, method, options, name) -> Non
         masks = model.autonomous(both).masks
         ones = torch.cat([model.autonomous(both.row(b)).masks for b in range(2)])
         assert torch.allclose(masks, ones, atol=1e-3)
-        cut = rows(model.propose(both), torch.tensor([4]))
-        one = model.decode(both, cut, PromptSet(), torch.tensor([4 // CLASSES]))[1].masks
+        one = model.corrected(both, model.propose(both), PromptSet(), torch.tensor([4])).masks
         assert torch.allclose(masks[4], one[0], atol=1e-3)
 
 
@@ -122,7 +145,7 @@ def test_step_0_is_the_plain_backbone(make, learn, method, options, name, preset
         out, answer = model.decode(features, None, user, index)
         stock = decode(plain.spec, plain.mask_decoder, expected, plain.embed_prompts(user, 2), image_index=index)
     assert torch.equal(out.masks, stock.masks) and torch.equal(out.iou, stock.iou)
-    assert torch.equal(answer.masks, stock.masks[:, model.method.mask_token])
+    assert torch.equal(answer.masks, read_token(stock, model.method.mask_token)[0])
     assert torch.equal(answer.obj, torch.zeros(2) if stock.obj is None else stock.obj[:, 0])  # 0 counts as present
 
 
@@ -156,11 +179,10 @@ def test_training_lowers_the_loss_and_leaves_the_original(make, learn, method, o
     before = {n: t.clone() for n, t in plain.state_dict().items()}
     paths = dict(plain.paths)
     model = learn(method, plain, options, preset)
-    with torch.no_grad():
-        start = float(loss_of(model))
+    model.progress = 0.0  # as a training begins
+    start = training_loss(model)
     train(model, 3)
-    with torch.no_grad():
-        assert float(loss_of(model)) < start
+    assert training_loss(model) < start
     assert plain.paths == paths
     assert list(plain.state_dict()) == list(before)
     assert all(torch.equal(t, before[n]) for n, t in plain.state_dict().items())
@@ -264,6 +286,7 @@ def test_train_keeps_what_is_frozen_in_eval_mode(learn, method, options, name, p
 @BACKBONE
 def test_gradient_reaches_every_tensor_of_the_method(learn, method, options, name) -> None:
     model = learn(method, name, options).train()
+    shake(model)  # layers that start at zero let no gradient pass
     torch.manual_seed(3)
     loss_of(model, encoded(model)).backward()
     reached = {n: float(p.grad.abs().max()) for n, p in model.method.named_parameters() if p.grad is not None}
@@ -275,19 +298,23 @@ def test_gradient_reaches_every_tensor_of_the_method(learn, method, options, nam
 
 @METHODS
 @BACKBONE
-def test_gradient_reaches_the_backbone_parts_that_are_trained(learn, method, options, name) -> None:
-    """At step 0 the last layer of every adapter, whose other layers start to move once it is not zero."""
-    model = learn(method, name, options, "adapters").train()
+def test_gradient_reaches_the_backbone_parts_that_are_trained(make, learn, method, options, name) -> None:
+    """At step 0 layers of adapters that start at zero, and all others once these are not zero."""
+    plain = make(name)
+    model = learn(method, plain, options, "adapters").train()
+    before = dict(plain.named_parameters())
+    added = {n: p for n, p in model.backbone.named_parameters() if p.requires_grad and n not in before}
+    zero = {n for n, p in added.items() if not p.any()}
     loss_of(model).backward()
-    trained = {n: p for n, p in model.backbone.named_parameters() if p.requires_grad}
-    last = [n for n in trained if n.split(".")[-1] == "up" or ".up." in n]
-    assert last and [n for n in last if trained[n].grad is None or not trained[n].grad.abs().max() > 0] == []
-    train(model, 1)
+    assert zero and zero & _reached(added)
+    train(model, 3)
     model.zero_grad()
     loss_of(model).backward()
-    first = [n for n in trained if n.split(".")[-1] == "down" or ".down." in n]
-    assert len(first) == len(last)
-    assert [n for n in first if not trained[n].grad.abs().max() > 0] == []
+    assert sorted(added.keys() - _reached(added)) == []
+
+
+def _reached(named: dict[str, torch.nn.Parameter]) -> set[str]:
+    return {n for n, p in named.items() if p.grad is not None and p.grad.abs().max() > 0}
 
 
 @METHODS
@@ -299,12 +326,13 @@ def test_official_size_gives_shapes_on_meta(method, options, name) -> None:
         model = Learned(MethodRow(method, method, options, TrainRecipe()), backbone, CLASSES, "adapters").eval()
         spec = model.spec
         e, h = spec.prompt_width, spec.grid
-        taps = {t: torch.zeros(1, c, 1024 // s, 1024 // s) for t, s, c in spec.pyramid if t in model.method.taps}
+        taps = {tap: torch.zeros(1, *spec.tap_shape(tap)) for tap in model.method.taps}
         high = (torch.zeros(1, e // 8, 4 * h, 4 * h), torch.zeros(1, e // 4, 2 * h, 2 * h))
         features = Features(torch.zeros(1, e, h, h), torch.zeros(1, e, h, h), high if spec.has_high_res else None, taps)
         found = model.propose(features)
     assert (spec.input_size, e, h) == (1024, 256, 64)
     shapes = {"boxes_xy": (CLASSES, 4), "masks": (CLASSES, 1, 256, 256), "dense": (CLASSES, 256, 64, 64)}
+    shapes |= {"token_shift": (CLASSES, 4, 256), "obj": (CLASSES, 1)}
     given = {k: tuple(v.shape) for k, v in parts(found).items()}
     assert given and all(given.get(k, shape) == shape for k, shape in shapes.items())
     assert "tokens" not in given or given["tokens"][::2] == (CLASSES, 256)

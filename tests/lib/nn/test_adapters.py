@@ -7,7 +7,19 @@ import torch
 from torch import nn
 
 from lib.loading import load_backbone
-from lib.nn.adapters import BottleneckBefore, LoraLinear, bottleneck, clone, inject, lora, unshare
+from lib.nn.adapters import (
+    BesideMlp,
+    BottleneckBefore,
+    LightParallelAdapter,
+    LoraLinear,
+    ParallelAdapter,
+    bottleneck,
+    clone,
+    inject,
+    lora,
+    parallel,
+    unshare,
+)
 
 BLOCKS = r"enc\.block\[\d+\]"
 
@@ -136,3 +148,46 @@ def test_unshare_gives_own_equal_trainable_tensors(tiny) -> None:
     assert torch.equal(own, theirs) and own.data_ptr() != theirs.data_ptr()
     assert own.requires_grad and not theirs.requires_grad
     assert [n for n, p in copy.named_parameters() if p.requires_grad] == [name]
+
+
+ADAPTERS = [LightParallelAdapter(8, 4), ParallelAdapter(8)]
+
+
+@pytest.mark.parametrize("wide, parameters", [(True, 15_042_048), (False, 383_232)])
+def test_parallel_adapters_have_the_published_size(wide, parameters) -> None:
+    with torch.device("meta"):
+        adapter = ParallelAdapter(768) if wide else LightParallelAdapter(768)
+    assert sum(p.numel() for p in adapter.parameters()) == parameters
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("name", ["tiny", "compact"])
+def test_parallel_adapter_keeps_and_then_changes_features(name, wide) -> None:
+    plain = load_backbone(name, random_seed=0)
+    changed = clone(plain)
+    added = inject(changed, parallel(BLOCKS, changed, wide=wide))
+    assert torch.equal(embed(changed), embed(plain))
+    zero = [n for n in added if not changed.get_parameter(n).any() and not n.endswith("bias")]
+    assert len(zero) == len([n for n in plain.paths if n.startswith("enc.block") and n.endswith("]")])
+    with torch.no_grad():
+        changed.get_parameter(zero[0]).fill_(1.0)
+    assert not torch.allclose(embed(changed), embed(plain), atol=1e-4)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("side", [1, 3, 4, 5])
+def test_parallel_adapter_takes_odd_sides_and_flat_tokens(adapter, side) -> None:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p += 0.1 * torch.randn_like(p)
+        x = torch.randn(2, side, side, 8)
+        found = BesideMlp(nn.Identity(), adapter)(x)
+        assert found.shape == x.shape and not torch.allclose(found, x)
+        flat = BesideMlp(nn.Identity(), adapter)(x.flatten(1, 2))
+    assert torch.allclose(flat.view(x.shape), found, atol=1e-6)
+
+
+def test_parallel_adapter_that_matches_nothing_is_refused(tiny) -> None:
+    with pytest.raises(ValueError, match="tiny has no layer"):
+        parallel("nowhere", tiny)

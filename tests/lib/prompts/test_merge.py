@@ -172,3 +172,16 @@ def test_merged_boxes_and_clicks_are_embedded_together(backbone) -> None:
     assert dense.shape == (N, e, backbone.spec.grid, backbone.spec.grid)
     # a padding point and a missing box are the same token
     assert sum(torch.equal(t, nobody(backbone)) for t in sparse[1]) == 3 + backbone.spec.box_tokens - 2
+
+
+def test_learned_points_and_boxes_give_way_pair_by_pair() -> None:
+    learned = PromptSet(points_xy=full(1, 1, 2), labels=torch.ones(N, 1, dtype=torch.long), boxes_xy=full(1, 4))
+    points = PromptSet(points_xy=full(2, 1, 2), labels=torch.tensor([[0], [-1]]))
+    boxes = PromptSet(boxes_xy=torch.tensor([[torch.nan] * 4, [2.0] * 4]))
+    merged = merge(learned, points, yields=True)
+    assert merged.labels.tolist() == [[-1, 0], [1, -1]] and merged.boxes_xy.tolist() == [[[1.0] * 4]] * 2
+    merged = merge(learned, boxes, yields=True)
+    assert merged.boxes_xy.isnan().all(-1).tolist() == [[False, True], [True, False]]
+    assert merged.labels.tolist() == [[1], [1]]
+    assert learned.labels.tolist() == [[1], [1]] and not learned.boxes_xy.isnan().any()
+    assert merge(learned, PromptSet(), yields=True).labels.tolist() == [[1], [1]]
