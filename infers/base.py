@@ -10,18 +10,34 @@ import os
 import tempfile
 import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Optional, Union
 
 import numpy as np
 from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
-from infers.request import ReplyFormat
+from infers.request import SEG, ReplyFormat
+from lib.data.volume import series_folder
 from lib.data.write import write_mask
+from lib.dicom_seg import write_seg
 from lib.engine import Engine
 from lib.errors import AppError, PromptError, VolumeError
-from lib.types import LabelPrediction, Prediction, Volume
+from lib.provenance import Provenance
+from lib.types import LabelPrediction, Prediction, UserPrompts, Volume
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Errors of ``lib`` as the server's exception; the message says how the user or the operator can mend it."""
+    try:
+        yield
+    except (PromptError, VolumeError) as error:
+        raise MONAILabelException(MONAILabelError.INVALID_INPUT, str(error)) from error
+    except AppError as error:
+        raise MONAILabelException(MONAILabelError.APP_ERROR, str(error)) from error
 
 
 class EngineTask(InferTask):
@@ -35,6 +51,8 @@ class EngineTask(InferTask):
         text: what clients show as description.
         options: what clients show as options.
     """
+
+    method = ""  # the learned method's name, for the record of how a label came about
 
     def __init__(
         self, kind: InferType, engine: Engine, labels: Sequence[str], dimension: int, text: str, options: dict[str, Any]
@@ -56,13 +74,8 @@ class EngineTask(InferTask):
         Raises:
             MONAILabelException: for everything the user or the operator can mend; the message says how.
         """
-        try:
-            with self._engine.foreground():
-                return self.answer(request)
-        except (PromptError, VolumeError) as error:
-            raise MONAILabelException(MONAILabelError.INVALID_INPUT, str(error)) from error
-        except AppError as error:
-            raise MONAILabelException(MONAILabelError.APP_ERROR, str(error)) from error
+        with told(), self._engine.foreground():
+            return self.answer(request)
 
     @abstractmethod
     def answer(self, request: Mapping[str, Any]) -> tuple[Optional[str], dict[str, Any]]:
@@ -78,12 +91,22 @@ class EngineTask(InferTask):
             volume: the image.
             found: the segmentation.
             wanted: how the client wants the file.
-            facts: what the JSON says beyond what all tasks say.
+            facts: what the JSON says beyond what all tasks say; ``label_names``, and how many ``prompts`` there were.
             started: clock at the request's arrival.
             opened: clock when image and prompts were read.
         """
         predicted = time.perf_counter()
-        path = _write(volume, found.mask, wanted) if wanted.write_file else None
+        window, engine = found.window, self._engine.info()
+        record = Provenance.answered(
+            prompts=facts["prompts"],
+            task=wanted.task,
+            method=self.method,
+            version=facts.get("version") or "",
+            backbone=engine.get("backbone") or "",
+            weights_id=engine.get("weights_id") or "",
+            window=window,
+        )
+        path = _write(volume, found.mask, wanted, facts["label_names"], record) if wanted.write_file else None
         end = time.perf_counter()
         stages = {
             "pre": opened - started,
@@ -93,7 +116,6 @@ class EngineTask(InferTask):
             "write": end - predicted,
         }
         latencies = {**found.latencies_s, **stages, "total": end - started}
-        window, engine = found.window, self._engine.info()
         report = {
             "latencies": {stage: round(seconds, 4) for stage, seconds in latencies.items()},
             "cache": found.cache,
@@ -102,21 +124,41 @@ class EngineTask(InferTask):
             "window": None if window is None else {"lo": window.lo, "hi": window.hi, "source": window.source.value},
             "backbone": engine.get("backbone"),
             "weights_id": engine.get("weights_id"),
+            "empty": not found.mask.any(),
+            "provenance": record.to_json(),
             **facts,
+            "warnings": (*volume.warnings, *facts.get("warnings", ())),
         }
         return path, plain(report)
 
 
-def _write(volume: Volume, mask: np.ndarray, reply: ReplyFormat) -> str:
+def count_prompts(*drawn: UserPrompts) -> int:
+    """How many clicks, boxes and strokes."""
+    return sum(len(p.clicks) + len(p.boxes) + len(p.strokes) for p in drawn)
+
+
+def _write(
+    volume: Volume, mask: np.ndarray, reply: ReplyFormat, names: Mapping[str, int], record: Provenance
+) -> str:  # fmt: skip
     """A temporary file with the mask; the server removes it after sending."""
     handle, path = tempfile.mkstemp(suffix=reply.extension)
     os.close(handle)
     try:
-        write_mask(volume, mask, path, dtype=reply.dtype, compress=reply.compress)
+        if reply.extension == SEG:
+            write_seg(_series(reply.image), mask, names, Path(path), record)
+        else:
+            write_mask(volume, mask, path, dtype=reply.dtype, compress=reply.compress, names=names)
     except BaseException:
         os.unlink(path)
         raise
     return path
+
+
+def _series(image: str) -> Path:
+    folder = series_folder(image)
+    if folder is None:
+        raise PromptError("DICOM SEG: expected an image out of a DICOM series, received another. Ask for .nrrd.")
+    return folder
 
 
 def plain(value: Any) -> Any:

@@ -11,9 +11,9 @@ from typing import Any, Optional
 
 from monailabel.interfaces.tasks.infer_v2 import InferType
 
-from infers.base import EngineTask
+from infers.base import EngineTask, count_prompts
 from infers.prompts import read_prompts
-from infers.request import option_table, read_options, read_reply
+from infers.request import in_file_order, option_table, read_options, read_reply
 from lib.engine import Engine
 from lib.errors import PromptError
 
@@ -40,7 +40,13 @@ class SamTask(EngineTask):
         if volume.is_2d and not planar:
             raise PromptError("Expected a volume, received a 2-D image. Use the model sam_2d.")
         prompts, warnings = read_prompts(request, volume.shape, planar)
+        prompts = in_file_order(prompts, request, volume)
         opened = time.perf_counter()
         found = self._engine.segment(volume, prompts, options)
-        facts = {"label_names": {wanted.label: 1}, "prompted": found.prompted, "warnings": warnings + found.warnings}
+        facts = {
+            "label_names": {wanted.label: 1},
+            "prompts": count_prompts(prompts),
+            "prompted": found.prompted,
+            "warnings": warnings + found.warnings,
+        }
         return self.reply(volume, found, wanted, facts, started, opened)

@@ -13,9 +13,9 @@ from typing import Any, Optional
 
 from monailabel.interfaces.tasks.infer_v2 import InferType
 
-from infers.base import EngineTask
+from infers.base import EngineTask, count_prompts
 from infers.prompts import read_label_prompts
-from infers.request import option_table, read_options, read_reply
+from infers.request import in_file_order, option_table, read_options, read_reply
 from lib.assisted import AssistedEngine
 from lib.errors import AppError, PromptError
 from lib.types import LabelPrediction, UserPrompts
@@ -38,9 +38,10 @@ class LearnedTask(EngineTask):
         )
         options = option_table(planar=False)
         if not edit:
-            options.pop("propagate")
+            for prompted_only in ("propagate", "ijk"):
+                options.pop(prompted_only)
         super().__init__(kind, assisted.engine, _shown(assisted)[1], 3, text, options)
-        self._assisted, self._edit = assisted, edit
+        self._assisted, self._edit, self.method = assisted, edit, assisted.row.name
 
     def info(self) -> dict[str, Any]:
         """What ``/info/`` shows, with the labels and name of the version that is live now."""
@@ -63,9 +64,11 @@ class LearnedTask(EngineTask):
             )
         volume = self._assisted.engine.open(request["image"])
         prompts, warnings = self._prompts(request, volume.shape, labels)
+        prompts = {label: in_file_order(drawn, request, volume) for label, drawn in prompts.items()}
         opened = time.perf_counter()
         found = self._assisted.segment(volume, prompts, options)
-        return self.reply(volume, found, wanted, _facts(found, warnings), started, opened)
+        facts = {**_facts(found, warnings), "prompts": count_prompts(*prompts.values())}
+        return self.reply(volume, found, wanted, facts, started, opened)
 
     def _prompts(
         self, request: Mapping[str, Any], shape: tuple[int, int, int], labels: tuple[str, ...]

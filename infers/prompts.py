@@ -34,9 +34,9 @@ MAX_STROKES = 100  # of one label, so that a slice gets no more points than from
 MAX_STROKE_VOXELS = 10_000
 # What a key means that could otherwise be a label's name.
 _KEYS = """
-    axis background boxes client_id device foreground image label label_info label_tag logging model negative propagate
-    reset_state restore_label_idx result_compress result_dtype result_extension result_write_to_file roi save_label
-    selected_label_name session session_id slice strokes window
+    axis background boxes client_id device foreground ijk image label label_info label_tag logging model negative
+    propagate reset_state restore_label_idx result_compress result_dtype result_extension result_write_to_file roi save
+    save_label selected_label_name session session_id slice strokes window
 """
 REQUEST_KEYS = frozenset(_KEYS.split())
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
 
+from infers.handedness import ORDERS, mirrored, slicer_reverses
 from infers.scribbles import uploaded_file
 from lib.config import SWITCH
 from lib.data.window import PRESETS
@@ -18,8 +19,11 @@ from lib.data.write import FORMATS, NRRD_TYPES
 from lib.engine import SegmentOptions
 from lib.errors import PromptError
 from lib.plugins import did_you_mean
+from lib.types import UserPrompts, Volume
 
 AXES = ("auto", "i", "j", "k")
+SEG = ".dcm"  # the extension of a reply as DICOM SEG
+SAVE = {"no": None, "draft": "original", "final": "final"}  # option to the store's tag
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class ReplyFormat:
         dtype: numpy name of the label file's voxel type.
         compress: whether formats that can be compressed are.
         write_file: False sends the JSON part alone.
+        task: the task that was asked, for the record of how the label came about.
+        image: path of the image, whose series a DICOM SEG refers to.
     """
 
     label: str
@@ -39,12 +45,24 @@ class ReplyFormat:
     dtype: str = "uint8"
     compress: bool = True
     write_file: bool = True
+    task: str = ""
+    image: str = ""
 
 
 def option_table(planar: bool) -> dict[str, Any]:
     """What a task offers under ``config`` in ``/info/``: a list is a choice whose first item is the default."""
-    window = {"window": "auto"}
-    return window if planar else {"axis": list(AXES), "propagate": True, **window}
+    both = {"window": "auto", "save": list(SAVE), "ijk": list(ORDERS)}
+    return both if planar else {"axis": list(AXES), "propagate": True, **both}
+
+
+def read_segments(info: Mapping[str, Any]) -> dict[int, str]:
+    """Voxel value to name, out of what a client says about a label that it saves: Slicer's ``idx``, others' ``id``."""
+    found: dict[int, str] = {}
+    for entry in info.get("label_info") or []:
+        value = entry.get("idx", entry.get("id")) if isinstance(entry, Mapping) else None
+        if isinstance(value, int) and value > 0 and isinstance(entry.get("name"), str):
+            found[value] = entry["name"]
+    return found
 
 
 def read_options(request: Mapping[str, Any], planar: bool) -> SegmentOptions:
@@ -65,6 +83,16 @@ def read_options(request: Mapping[str, Any], planar: bool) -> SegmentOptions:
     return SegmentOptions(axis=None if axis == "auto" else axis, propagate=propagate, window=window)
 
 
+def in_file_order(prompts: UserPrompts, request: Mapping[str, Any], volume: Volume) -> UserPrompts:
+    """The prompts in the image file's voxels, whichever the request's are: see :mod:`infers.handedness`.
+
+    Raises:
+        PromptError: for another ``ijk`` than ``slicer`` or ``file``.
+    """
+    counts_as_slicer = _choice(request, "ijk", ORDERS, "file") == "slicer"
+    return mirrored(prompts, volume.shape[2]) if counts_as_slicer and slicer_reverses(volume.affine) else prompts
+
+
 def read_reply(request: Mapping[str, Any], default_label: str) -> ReplyFormat:
     """The reply format of a request.
 
@@ -81,11 +109,25 @@ def read_reply(request: Mapping[str, Any], default_label: str) -> ReplyFormat:
         raise PromptError(f"label: expected the name of the segment, received {label!r}. Select a segment first.")
     return ReplyFormat(
         label=label.strip(),
-        extension=_choice(request, "result_extension", FORMATS, ".nrrd"),
+        extension=_choice(request, "result_extension", (*FORMATS, SEG), ".nrrd"),
         dtype=_choice(request, "result_dtype", tuple(NRRD_TYPES), "uint8"),
         compress=_flag(request, "result_compress", True),
         write_file=_flag(request, "result_write_to_file", True),
+        task=str(request.get("model") or ""),
+        image=str(request.get("image") or ""),
     )
+
+
+def read_save(request: Mapping[str, Any]) -> Optional[str]:
+    """The store's tag under which the answer is kept, or None.
+
+    Raises:
+        PromptError: for another value than ``no``, ``draft`` or ``final``, or without a label file to keep.
+    """
+    tag = SAVE[_choice(request, "save", tuple(SAVE), "no")]
+    if tag and not (_flag(request, "result_write_to_file", True) and request.get("result_extension") != SEG):
+        raise PromptError("save: expected an answer with a label map. Ask for .nrrd or .nii.gz, or set save to no.")
+    return tag
 
 
 def _read_window(value: Any) -> Optional[tuple[float, float]]:

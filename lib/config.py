@@ -251,6 +251,8 @@ class AppSettings:
         labels: names that clients offer for new segments and that training learns; empty: ``object`` is offered, and
             training takes what the saved labels declare.
         models: learned methods that are offered, names of files in ``configs/methods``.
+        train_default: the one of them that OHIF's *Update Model* trains; empty: the first.
+        modalities: DICOM modalities that a PACS's images are offered of, such as CT; empty: every image.
         state_dir: folder of trained versions; None means ``.autosam`` inside the studies, or for a DICOMweb address a
             folder of its own in the user's data folder.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``mps``, ``cuda`` or ``cuda:N``.
@@ -267,6 +269,8 @@ class AppSettings:
     backbone: str
     labels: tuple[str, ...]
     models: tuple[str, ...]
+    train_default: str
+    modalities: tuple[str, ...]
     state_dir: Optional[Path]
     device: str
     weights_dir: Optional[Path]
@@ -323,6 +327,8 @@ class AppSettings:
             raise ConfigError(f"device: expected auto, cpu, mps, cuda or cuda:N, received {self.device!r}.")
         for model in self.models:
             method_row(model)
+        if self.train_default and self.train_default not in self.models:
+            raise ConfigError(f"train_default: expected one of {list(self.models)}, received {self.train_default!r}.")
         if not all(self.labels) or len(set(self.labels)) < len(self.labels):
             raise ConfigError(f"labels: expected different names, separated by commas, received {self.labels!r}.")
         for name, least in (

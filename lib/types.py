@@ -144,6 +144,7 @@ class Volume:
         content_hash: hex digest of voxels, shape and dtype; equal content, equal hash.
         is_2d: True for a picture, which has no slice axis to choose.
         header: what the writer needs to return results bit-equal on this grid (format specific, opaque to others).
+        warnings: sentences for the user about what was repaired or assumed when the image was read.
     """
 
     array: np.ndarray
@@ -153,6 +154,7 @@ class Volume:
     content_hash: str
     is_2d: bool = False
     header: dict = field(default_factory=dict, compare=False, repr=False)
+    warnings: tuple[str, ...] = ()
 
     @property
     def shape(self) -> Index:

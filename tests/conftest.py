@@ -20,6 +20,7 @@ TILT = np.array([[0.96, -0.28, 0.0], [0.28, 0.96, 0.0], [0.0, 0.0, 1.0]])
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data-dir", default=str(ROOT.parent / "shared" / "data"), help="folder of the real data")
     parser.addoption("--backbone", default="compact", help="what the servers of the end-to-end tests run")
+    parser.addoption("--pictures", default="", help="folder for screenshots of the browser tests")
 
 
 @pytest.fixture(scope="session")

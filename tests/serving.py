@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import nibabel as nib
 import nrrd
@@ -63,7 +63,7 @@ class Server:
 
 @contextmanager
 def running_server(
-    studies: Path,
+    studies: Union[Path, str],
     scratch: Path,
     *,
     app: Path = APP,
@@ -73,7 +73,7 @@ def running_server(
     """Starts a server on a free loopback port and ends its process tree.
 
     Args:
-        studies: folder of images, written into by the server.
+        studies: folder of images, written into by the server, or the address of a PACS.
         scratch: new folder for everything that would otherwise lie in the user's home or in /tmp.
         app: folder of the app.
         wrapper: False starts MONAI Label's own ASGI app.
@@ -96,7 +96,7 @@ def running_server(
     try:
         url = f"http://127.0.0.1:{port}"
         _wait(process, url, scratch / "server.log")
-        yield Server(url, studies, scratch, process.pid, time.monotonic() - start)
+        yield Server(url, Path(studies), scratch, process.pid, time.monotonic() - start)
     finally:
         _end(process)
 
@@ -144,6 +144,7 @@ def slicer_params(
     params: dict[str, Any] = {"label": label, "foreground": list(foreground), "background": list(background)}
     config = info["models"][model]["config"]
     params.update({k: v[0] if isinstance(v, list) else v for k, v in config.items()})
+    params.update(ijk="file")  # tests give the file's voxels; tests/slicer.py has Slicer's own
     params.update(more)
     params.update(result_extension=".nrrd", result_dtype="uint8")
     return params

@@ -17,8 +17,11 @@ SERVER_SIDE = ("apps", "bench", "infers", "tests", "trainers")
 BARE = ("lib.backbones.compact", "lib.contracts", "lib.decoder", "lib.nn", "lib.plugins", "lib.prompts", "lib.types")
 BARE_PACKAGES = {"torch", "numpy", "scipy"}
 # modules that the scheduler and command lines load without waiting for torch
-LIGHT = ("lib.config", "lib.errors", "lib.sessions", "lib.types", "lib.versions", "lib.weights")
-SAM_PACKAGES = ("segment_anything", "sam2", "mobile_sam", "timm")
+LIGHT = (
+    "lib.codes", "lib.config", "lib.errors", "lib.provenance", "lib.sessions", "lib.types", "lib.versions",
+    "lib.weights",
+)  # fmt: skip
+SAM_PACKAGES = ("segment_anything", "sam2", "mobile_sam")
 
 
 def _files(*folders: str) -> list[Path]:

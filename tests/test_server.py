@@ -50,7 +50,7 @@ def test_info_offers_the_tasks_to_both_clients(server: Server, backbone: str) ->
         "sam2rad_edit": ("deepedit", 3),  # sam2rad itself appears with its first version
     }
     assert info["labels"] == ["object"]
-    assert set(info["models"]["sam"]["config"]) == {"axis", "propagate", "window"}
+    assert set(info["models"]["sam"]["config"]) == {"axis", "propagate", "window", "ijk", "save"}
     assert info["models"]["sam"]["engine"]["backbone"] == backbone
     assert set(info["strategies"]) == {"random", "first"}
 
@@ -263,7 +263,7 @@ REFUSED: list[tuple[str, str, Any, dict[str, str], int, str]] = [
     ("sam", "axial", {"foreground": [[float("nan"), 1, 1]]}, {}, 400, "finite"),
     ("sam", "axial", {**CLICK, "axis": "z"}, {}, 400, "axis: expected one of"),
     ("sam", "axial", {**CLICK, "label": ""}, {}, 400, "label: expected the name"),
-    ("sam", "axial", {**CLICK, "result_extension": ".dcm"}, {}, 400, "result_extension: expected one of"),
+    ("sam", "axial", {**CLICK, "result_extension": ".mha"}, {}, 400, "result_extension: expected one of"),
     ("sam", "axial", {**CLICK, "result_extension": ".png"}, {}, 400, ".png"),
     ("sam", "grey", {"foreground": [[40, 32, 0]]}, {}, 400, "Use the model sam_2d"),
     ("sam", "series", CLICK, {}, 400, "one volume of 3 axes"),

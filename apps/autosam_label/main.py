@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Optional
 
+from monailabel.config import settings as upstream
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelError, MONAILabelException
@@ -29,8 +30,13 @@ sys.path[:] = [ROOT, *(p for p in sys.path if p != ROOT)]
 for _name in [m for m in sys.modules if m.split(".")[0] in OURS]:
     del sys.modules[_name]
 
+from infers.base import told
+from infers.batch import BatchTask, giving_way
+from infers.dicom_store import DicomStore
 from infers.interactive import SamTask
 from infers.learned import LearnedTask
+from infers.pacs import Pacs
+from infers.request import read_save
 from lib.assisted import AssistedEngine
 from lib.config import AppSettings, method_row
 from lib.engine import Engine
@@ -63,6 +69,12 @@ class AutoSamLabel(MONAILabelApp):
             version="0.2",
         )
 
+    def _init_dicomweb_datastore(self) -> Datastore:
+        """Upstream's downloads a tool at start; ours writes DICOM SEG itself."""
+        return DicomStore(
+            Pacs(self.studies, self.settings.modalities), upstream.MONAI_LABEL_DICOMWEB_CACHE_PATH.strip() or None
+        )
+
     def init_infers(self) -> dict[str, InferTask]:
         """The tasks by the names that clients show."""
         labels = self.settings.offered
@@ -76,8 +88,13 @@ class AutoSamLabel(MONAILabelApp):
         return tasks
 
     def init_trainers(self) -> dict[str, TrainTask]:
-        """One per learned method, under the same name as its autonomous task."""
-        return {n: AdaptTask(method_row(n), self.settings, self.versions_dir) for n in self.settings.models}
+        """One per learned method, under the same name as its autonomous task; OHIF shows and starts the first."""
+        names = sorted(self.settings.models, key=lambda name: name != self.settings.train_default)
+        return {n: AdaptTask(method_row(n), self.settings, self.versions_dir) for n in names}
+
+    def init_batch_infer(self) -> BatchTask:
+        """Pre-annotation of the whole store."""
+        return BatchTask(lambda: self._server_mode)
 
     def init_strategies(self) -> dict[str, Strategy]:
         """Upstream's two simple ways to choose the next image."""
@@ -85,6 +102,9 @@ class AutoSamLabel(MONAILabelApp):
 
     def infer(self, request: dict[str, Any], datastore: Optional[Datastore] = None) -> dict[str, Any]:
         """Upstream's inference on an image of the store, a session or an upload, and on nothing else.
+
+        The option ``save`` keeps the answer: ``draft`` under the tag original, ``final`` as final label, which a PACS
+        gets as DICOM SEG.
 
         Raises:
             MONAILabelException: for an unknown image or model, a path outside these places, or a wrong request.
@@ -94,8 +114,34 @@ class AutoSamLabel(MONAILabelApp):
             raise MONAILabelException(
                 MONAILabelError.INVALID_INPUT, "label_tag: expected letters, digits and dashes, such as original."
             )
-        image = self._known_image(request.get("image"), datastore or self.datastore())
-        return super().infer({**request, "image": image}, datastore)
+        store = datastore or self.datastore()
+        with told():
+            keep_as = read_save(request)
+        image = self._known_image(request.get("image"), store)
+        if keep_as and os.path.isabs(str(request["image"])):
+            raise MONAILabelException(
+                MONAILabelError.INVALID_INPUT, "save: expected an image of the datastore, received another."
+            )
+        with giving_way(self.engine, request):
+            result = super().infer({**request, "image": image}, datastore)
+        try:
+            if keep_as:
+                self._keep(request, keep_as, result, store)
+        except BaseException:  # upstream removes the file only after it has sent it
+            Path(result["file"]).unlink(missing_ok=True)
+            raise
+        return result
+
+    def _keep(self, request: dict[str, Any], tag: str, result: dict[str, Any], store: Datastore) -> None:
+        """Stores an answer as the image's label and says so in the reply."""
+        reply = result["params"]
+        reply["saved"] = None if reply["empty"] else tag
+        if reply["empty"]:
+            reply["warnings"].append("Nothing was found, so nothing was saved.")
+            return
+        names = [{"name": name, "idx": number} for name, number in reply["label_names"].items()]
+        info = {"model": request["model"], "params": reply, "label_info": names, "provenance": reply["provenance"]}
+        self.on_save_label(request["image"], store.save_label(request["image"], result["file"], tag, info))
 
     def _known_image(self, image: Any, datastore: Datastore) -> str:
         """The image as upstream may look it up. It opens any path of the server that it is given, so this must not."""
@@ -114,6 +160,8 @@ class AutoSamLabel(MONAILabelApp):
     def _path_in(datastore: Datastore, image_id: str) -> str:
         try:
             return datastore.get_image_uri(image_id)
+        except MONAILabelException:
+            raise
         except Exception as error:  # a remote store reports an unknown id in its own ways
             raise ImageNotFoundException("The datastore does not know this image or cannot be reached.") from error
 

@@ -2,9 +2,10 @@
 
 Upstream runs an inference inside its event loop, so that one click stalls everybody. Here ``POST /infer/{model}`` is a
 plain function, which FastAPI runs in its thread pool, in front of upstream's route and with the same signature,
-authentication and meaning. Errors become JSON with a ``detail`` that both clients show, in place of a bare 500.
-Upstream's log line of every request, image path included, is switched off. Imports nothing of ours, so that ``/reload``
-can replace our packages under it; the server works without this file, only less well.
+authentication and meaning; DICOM SEG comes from our own writer. ``POST /train/`` starts one training and not all.
+Errors become JSON with a ``detail`` that both clients show, in place of a bare 500. Upstream's log lines that name
+images are switched off. Imports nothing of ours, so that ``/reload`` can replace our packages under it; the server
+works without this file, only less well.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fastapi.responses import JSONResponse
 from monailabel.app import app
 from monailabel.config import settings
 from monailabel.endpoints.infer import ResultType, run_inference
+from monailabel.endpoints.train import run_model
 from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.exception import (
     ImageNotFoundException,
@@ -26,8 +28,10 @@ from monailabel.interfaces.exception import (
     MONAILabelError,
     MONAILabelException,
 )
+from monailabel.interfaces.utils.app import app_instance
 
-logging.getLogger("monailabel.endpoints.infer").setLevel(logging.WARNING)
+for _name in ("monailabel.endpoints.infer", "monailabel.datastore.utils.dicom", "dicomweb_client"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 
 @app.post("/infer/{model}")
@@ -43,15 +47,30 @@ def infer(
     user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER)),
 ) -> Any:
     """Upstream's inference in a thread; checks first what upstream would answer with a bare 500."""
+    as_seg = output == ResultType.dicom_seg  # upstream makes one with a tool that it would download
+    if as_seg:
+        params, output = _with_extension(params, ".dcm"), ResultType.image
     _check_params(params, output)
     if not (image or session_id or file):
         raise HTTPException(400, "Expected an image id, a session id or an uploaded file, received none of them.")
     try:
-        return run_inference(background_tasks, model, image, session_id, params, file, label, output)
+        answer = run_inference(background_tasks, model, image, session_id, params, file, label, output)
     except BaseException:
         for task in background_tasks.tasks:  # they remove uploaded files, and run only after a success
             task.func(*task.args, **task.kwargs)
         raise
+    if as_seg:
+        answer.headers["content-type"] = "application/dicom"
+    return answer
+
+
+def _with_extension(params: str, extension: str) -> str:
+    """The parameters with another file format; what is no JSON object stays, and is refused later."""
+    try:
+        values = json.loads(params or "{}")
+    except ValueError:
+        return params
+    return json.dumps({**values, "result_extension": extension}) if isinstance(values, dict) else params
 
 
 def _check_params(params: str, output: Optional[ResultType]) -> None:
@@ -78,4 +97,13 @@ def answer_error(_: Request, error: MONAILabelException) -> JSONResponse:
     return JSONResponse({"detail": error.msg, "error": error.error.value}, status_code=status)
 
 
-app.router.routes.insert(0, app.router.routes.pop())  # the first match wins
+@app.post("/train/", include_in_schema=False)
+def train(params: Optional[dict] = None, user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))) -> Any:
+    """OHIF's *Update Model*: upstream queues every trainer, here the first one, whose progress OHIF shows, starts."""
+    trainers = list(app_instance().info()["trainers"])
+    if not trainers:
+        raise HTTPException(404, "No model of this server can be trained.")
+    return {trainers[0]: {"result": run_model(trainers[0], (params or {}).get(trainers[0])), "detail": None}}
+
+
+app.router.routes[:0] = [app.router.routes.pop() for _ in (infer, train)]  # the first match wins

@@ -1,4 +1,4 @@
-"""One image file to voxels and geometry: NIfTI, NRRD, and 2-D PNG, JPEG or TIFF. DICOM series are in ``volume``.
+"""One image file to voxels and geometry: NIfTI, NRRD, and 2-D PNG, JPEG or TIFF. DICOM series are in ``dicom``.
 
 Frame: indexed (i, j, k) like 3D Slicer's IJK, affine to RAS millimetres, both as the file has them. Thread-safe: no
 state. Messages never quote a file name or header text, which may identify a patient.
@@ -55,6 +55,7 @@ class StoredImage:
         modality: DICOM modality.
         is_picture: a 2-D picture file.
         native_uint8: grey values of an 8-bit picture.
+        warnings: sentences for the user about what was repaired or assumed.
     """
 
     array: np.ndarray
@@ -64,6 +65,7 @@ class StoredImage:
     modality: Optional[str] = None
     is_picture: bool = False
     native_uint8: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 def suffix_of(path: Path) -> str:
@@ -78,12 +80,8 @@ def read_nifti(path: Path) -> StoredImage:
         VolumeError: for a broken file, more axes, colour or complex voxels.
         CapacityError: for a volume beyond :data:`MAX_VOXELS` or the memory; so do the other readers.
     """
-    import nibabel
-
     with decoding("NIfTI"):
-        image = nibabel.load(path, mmap=False)
-        if not isinstance(image, nibabel.Nifti1Image):
-            raise VolumeError(f"Expected NIfTI content; received {type(image).__name__}. Convert the file to NIfTI.")
+        image = _open_nifti(path)
         shape = _three_axes(image.shape)
         dtype = image.get_data_dtype()
         if dtype.kind not in "iuf":
@@ -97,6 +95,25 @@ def read_nifti(path: Path) -> StoredImage:
             # Without a form nibabel centres the grid, ITK does not; an NRRD mask must lie where Slicer shows the image.
             affine = lps_grid(np.array(image.header.get_zooms()[:3], dtype=np.float64))
     return StoredImage(array, affine, {"format": "nifti", "nifti": image.header.copy()})
+
+
+def nifti_shape(path: Path) -> tuple[int, ...]:
+    """The first three axes of a NIfTI file of any kind, from its header alone.
+
+    Raises:
+        VolumeError: for a broken file.
+    """
+    with decoding("NIfTI"):
+        return (*(int(n) for n in _open_nifti(path).shape[:3]), 1, 1)[:3]
+
+
+def _open_nifti(path: Path) -> Any:
+    import nibabel
+
+    image = nibabel.load(path, mmap=False)
+    if not isinstance(image, nibabel.Nifti1Image):
+        raise VolumeError(f"Expected NIfTI content; received {type(image).__name__}. Convert the file to NIfTI.")
+    return image
 
 
 def read_nrrd(path: Path) -> StoredImage:

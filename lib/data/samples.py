@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -157,8 +157,7 @@ def load_case(case: LabelledCase, labels: Sequence[str]) -> TrainingCase:
         CapacityError: for a file that does not fit the memory.
     """
     volume = load_volume(case.image)
-    stored = _read_label(case.label)
-    _check_grid(volume, stored)
+    stored = _on_grid(volume, _read_label(case.label))
     voxels, found = _values(stored)
     numbers = _numbers(case, labels, found)
     if not numbers:
@@ -250,6 +249,28 @@ def _read_label(path: Path) -> StoredImage:
     return stored
 
 
+def _on_grid(volume: Volume, label: StoredImage) -> StoredImage:
+    """The label, with its slices reversed where they are stored from the other end at the same place.
+
+    So 3D Slicer saves labels of left-handed images, whose slices it reverses when it reads them.
+    """
+    if label.array.shape == volume.shape and not label.is_picture:
+        back = np.diag([1.0, 1.0, -1.0, 1.0])
+        back[2, 3] = volume.shape[2] - 1
+        turned = replace(label, array=label.array[:, :, ::-1], affine=label.affine @ back)
+        if _away_mm(volume, turned) <= GRID_TOLERANCE * min(volume.spacing_mm):
+            return turned
+    _check_grid(volume, label)
+    return label
+
+
+def _away_mm(volume: Volume, label: StoredImage) -> float:
+    """How far the grids' corners are apart; both of one shape."""
+    corners = np.array(np.meshgrid(*([-0.5, n - 0.5] for n in volume.shape))).reshape(3, 8)
+    moved = (label.affine - volume.affine)[:3] @ np.vstack([corners, np.ones(8)])
+    return float(np.sqrt((moved**2).sum(0)).max())
+
+
 def _check_grid(volume: Volume, label: StoredImage) -> None:
     shape = label.array.shape
     if shape != volume.shape:
@@ -259,9 +280,7 @@ def _check_grid(volume: Volume, label: StoredImage) -> None:
         )
     if label.is_picture:  # carries no geometry
         return
-    corners = np.array(np.meshgrid(*([-0.5, n - 0.5] for n in shape))).reshape(3, 8)
-    moved = (label.affine - volume.affine)[:3] @ np.vstack([corners, np.ones(8)])
-    distance = float(np.sqrt((moved**2).sum(0)).max())
+    distance = _away_mm(volume, label)
     if not distance <= GRID_TOLERANCE * min(volume.spacing_mm):
         raise VolumeError(
             f"Expected the label on its image's grid; received the same shape {distance:.3g} mm away, turned or"

@@ -1,17 +1,21 @@
-"""Integer masks to files on the source image's own grid: NIfTI, NRRD, and PNG for 2-D images.
+"""Integer masks to files on the source image's own grid: NIfTI, NRRD, Slicer's segmentation NRRD, PNG for 2-D images.
 
 Frame: the mask is indexed (i, j, k) like the volume; nothing is resampled or flipped. Reading back gives the volume's
 affine bit for bit, with one exception inherent to the format: NIfTI stores single precision, so a NIfTI made from an
 NRRD or DICOM image rounds its affine to float32. NRRD from any source is exact. Files appear under their name only when
-complete. Thread-safe. Left out: compression levels, colour tables, segment names (the reply carries them).
+complete. Thread-safe. Only a ``.seg.nrrd`` names its segments; the reply carries the names for the others. Left out:
+compression levels, terminology codes, segments that overlap.
 """
 
 from __future__ import annotations
 
+import colorsys
 import os
 import uuid
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Union
 
 import numpy as np
@@ -21,7 +25,8 @@ from lib.data.readers import suffix_of
 from lib.errors import PromptError, VolumeError
 from lib.types import Volume
 
-FORMATS = (".nii", ".nii.gz", ".nrrd", ".png")
+SEGMENTATION = ".seg.nrrd"  # 3D Slicer's: an NRRD whose key-value pairs name the segments
+FORMATS = (".nii", ".nii.gz", ".nrrd", SEGMENTATION, ".png")
 # ITK's spelling of the types, which every NRRD reader knows.
 NRRD_TYPES = {
     "uint8": "unsigned char",
@@ -32,10 +37,18 @@ NRRD_TYPES = {
     "int32": "int",
 }
 PNG_TYPES = ("uint8", "uint16")
+UNNAMED: Mapping[str, int] = MappingProxyType({})
+GOLDEN = 0.618034  # turns of hue from one segment to the next: neighbours differ, none repeats soon
 
 
 def write_mask(
-    volume: Volume, mask: np.ndarray, path: Union[str, Path], dtype: npt.DTypeLike = np.uint8, *, compress: bool = True
+    volume: Volume,
+    mask: np.ndarray,
+    path: Union[str, Path],
+    dtype: npt.DTypeLike = np.uint8,
+    *,
+    compress: bool = True,
+    names: Mapping[str, int] = UNNAMED,
 ) -> Path:
     """Writes a mask on the grid of its image.
 
@@ -45,6 +58,8 @@ def write_mask(
         path: where to; the extension decides the format.
         dtype: voxel type in the file, stored little-endian: (u)int8, 16 or 32; PNG takes uint8 and uint16.
         compress: gzip inside an NRRD, or raw; the other formats decide by their extension.
+        names: label to its value, for a ``.seg.nrrd``: each becomes a segment, with voxels or without. Values of the
+            mask that have no name become segments called like ``Segment_3``.
 
     Returns:
         The path.
@@ -54,7 +69,7 @@ def write_mask(
         VolumeError: for a mask on another grid.
     """
     path = Path(path)
-    suffix = suffix_of(path)
+    suffix = SEGMENTATION if path.name.lower().endswith(SEGMENTATION) else suffix_of(path)
     if suffix not in FORMATS:
         raise PromptError(
             f"Expected a result extension out of {list(FORMATS)}; received {suffix or 'none'!r}. Ask for one of these."
@@ -66,6 +81,8 @@ def write_mask(
             _write_png(volume, labels, part)
         elif suffix == ".nrrd":
             _write_nrrd(volume, labels, part, compress)
+        elif suffix == SEGMENTATION:
+            _write_nrrd(volume, labels, part, compress, _segments(labels, names))
         else:
             _write_nifti(volume, labels, part)
         os.replace(part, path)
@@ -130,7 +147,9 @@ def _clean_nifti_header(source: Any) -> Any:
     return header
 
 
-def _write_nrrd(volume: Volume, labels: np.ndarray, path: Path, compress: bool) -> None:
+def _write_nrrd(
+    volume: Volume, labels: np.ndarray, path: Path, compress: bool, pairs: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Written here because pynrrd prints a time stamp and 17 digits, so equal masks would differ in bytes."""
     fields = {
         "type": NRRD_TYPES[labels.dtype.name],
@@ -141,11 +160,36 @@ def _write_nrrd(volume: Volume, labels: np.ndarray, path: Path, compress: bool) 
         "endian": "little",
         "encoding": "gzip" if compress else "raw",
     }
-    text = "NRRD0004\n" + "".join(f"{name}: {value}\n" for name, value in fields.items()) + "\n"
+    text = "NRRD0004\n" + "".join(f"{name}: {value}\n" for name, value in fields.items())
+    text += "".join(f"{key}:={value}\n" for key, value in pairs.items()) + "\n"
     voxels = labels.reshape(-1, order="F").data.cast("B")
     with path.open("wb") as file:
-        file.write(text.encode("ascii"))
+        file.write(text.encode())  # UTF-8, as Slicer reads segment names; all else is ASCII
         file.write(_gzip(voxels) if compress else voxels)
+
+
+def _segments(labels: np.ndarray, names: Mapping[str, int]) -> dict[str, str]:
+    """The key-value pairs of a segmentation with one layer: of those that 3D Slicer writes the ones that it reads."""
+    named = {value: name for name, value in names.items() if value > 0}
+    unnamed = np.unique(labels[~np.isin(labels, [0, *named])])  # sorting all voxels of a large volume takes seconds
+    named |= {int(value): f"Segment_{value}" for value in unnamed if value > 0}
+    pairs = {
+        "Segmentation_MasterRepresentation": "Binary labelmap",
+        "Segmentation_ContainedRepresentationNames": "Binary labelmap|",
+        "Segmentation_ReferenceImageExtentOffset": "0 0 0",
+    }
+    extent = " ".join(f"0 {n - 1}" for n in labels.shape)
+    for number, (value, name) in enumerate(sorted(named.items())):
+        colour = " ".join(f"{c:.6f}" for c in colorsys.hsv_to_rgb(number * GOLDEN % 1, 0.6, 0.9))
+        fields = {"ID": f"Segment_{value}", "Name": _escaped(name), "LabelValue": value, "Layer": 0, "Color": colour}
+        fields |= {"Extent": extent, "NameAutoGenerated": 0, "ColorAutoGenerated": 1}
+        pairs |= {f"Segment{number}_{field}": str(content) for field, content in fields.items()}
+    return pairs
+
+
+def _escaped(name: str) -> str:
+    """A name as NRRD values hold it; anything that would end the line is a blank."""
+    return " ".join(name.splitlines()).replace("\\", "\\\\")
 
 
 def _gzip(voxels: memoryview) -> bytes:
@@ -165,7 +209,7 @@ def _write_png(volume: Volume, labels: np.ndarray, path: Path) -> None:
 
     if not volume.is_2d:
         raise PromptError(
-            f"Expected a volume format out of {list(FORMATS[:3])} for a 3-D image; received .png. Ask for one of these."
+            f"Expected a format out of {list(FORMATS[:-1])} for a 3-D image; received .png. Ask for one of these."
         )
     if labels.dtype.name not in PNG_TYPES:
         raise PromptError(

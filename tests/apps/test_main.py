@@ -165,6 +165,71 @@ def test_infer_saves_a_label_where_asked(load, studies: Path) -> None:
     assert (studies / "labels" / "first_guess" / "case.nrrd").is_file()
 
 
+@pytest.mark.parametrize("option, tag", [("draft", "original"), ("final", "final"), (["final", "no"], "final")])
+def test_infer_keeps_the_answer_as_the_option_says(load, studies: Path, option: Any, tag: str) -> None:
+    app = load()
+    reply = app.infer(click(save=option, label="liver", result_write_to_file=True))["params"]
+    assert (reply["saved"], reply["provenance"]["kind"], reply["provenance"]["prompts"]) == (tag, "SEMIAUTOMATIC", 1)
+    assert (studies / "labels" / tag / "case.nrrd").is_file()
+    info = app.datastore().get_label_info("case", tag)
+    assert info["label_info"] == [{"name": "liver", "idx": 1}]
+    assert info["provenance"] == reply["provenance"]
+
+
+def test_infer_keeps_nothing_unless_asked(load, studies: Path) -> None:
+    for request in (click(result_write_to_file=True), click(save="no", result_write_to_file=True)):
+        assert "saved" not in load().infer(request)["params"]
+    assert list((studies / "labels").rglob("*.nrrd")) == []
+
+
+def test_infer_keeps_no_empty_answer(load, studies: Path, tmp_path: Path) -> None:
+    app = load()
+    answered = app._infers["sam"]
+
+    def nothing(request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        file, reply = answered(request)
+        return file, {**reply, "empty": True}
+
+    nothing.description = ""  # type: ignore[attr-defined]
+    app._infers["sam"] = nothing
+    reply = app.infer(click(save="final", result_write_to_file=True))["params"]
+    assert reply["saved"] is None and reply["warnings"] == ["Nothing was found, so nothing was saved."]
+    assert list((studies / "labels").rglob("*.nrrd")) == []
+
+
+@pytest.mark.parametrize(
+    "more, text",
+    [
+        ({"save": "yes", "result_write_to_file": True}, "expected one of .*no.*draft.*final"),
+        ({"save": "final"}, "answer with a label map"),
+        ({"save": "final", "result_write_to_file": True, "result_extension": ".dcm"}, "answer with a label map"),
+        ({"result_write_to_file": True, "result_extension": ".dcm"}, "out of a DICOM series"),
+    ],
+)
+def test_infer_wrong_wish_to_keep_is_told(load, studies: Path, more: dict[str, Any], text: str) -> None:
+    with pytest.raises(MONAILabelException, match=text):
+        load().infer(click(**more))
+    with pytest.raises(MONAILabelException, match="image of the datastore"):
+        load().infer(click(image=str(studies / "case.nii.gz"), save="draft", result_write_to_file=True))
+
+
+def test_app_offers_the_default_trainer_first(load) -> None:
+    assert next(iter(load(train_default="sam2rad").info()["trainers"])) == "sam2rad"
+    clear_cache()
+    with pytest.raises(Exception, match="train_default: expected one of"):
+        load(train_default="liver")
+
+
+def test_app_on_a_pacs_starts_without_it_and_without_a_download(load, monkeypatch, tmp_path: Path) -> None:
+    clear_cache()
+    monkeypatch.setattr("monailabel.interfaces.app.MONAILabelApp._download_dcmqi_tools", lambda _: 1 / 0)
+    monkeypatch.setattr(settings, "MONAI_LABEL_DICOMWEB_CACHE_PATH", str(tmp_path / "dicom"))
+    app = app_instance(str(APP), "http://127.0.0.1:9/dicom-web", {"backbone": "tiny", "state_dir": str(tmp_path / "s")})
+    assert type(app.datastore()).__name__ == "DicomStore"
+    with pytest.raises(MONAILabelException, match="Expected an answer of the PACS"):
+        app.info()
+
+
 def test_training_child_builds_the_app(studies: Path, conf: dict[str, str], tmp_path: Path) -> None:
     """The environment and command of upstream's training job; an unknown trainer is refused."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("MONAI_")}

@@ -46,8 +46,8 @@ def test_info_without_a_version(assisted: AssistedEngine) -> None:
     assert (alone.type, edit.type) == (InferType.SEGMENTATION, InferType.DEEPEDIT)
     info = edit.info()
     assert (info["labels"], info["version_live"], info["dimension"]) == ({"object": 1}, None, 3)
-    assert set(info["config"]) == {"axis", "propagate", "window"}
-    assert set(alone.info()["config"]) == {"axis", "window"}
+    assert set(info["config"]) == {"axis", "propagate", "ijk", "window", "save"}
+    assert set(alone.info()["config"]) == {"axis", "window", "save"}
     json.dumps(info, allow_nan=False)
 
 

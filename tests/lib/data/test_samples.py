@@ -109,6 +109,14 @@ def test_load_case_accepts_another_format_with_rounded_geometry(make, tmp_path):
     np.testing.assert_array_equal(loaded.target, mask())
 
 
+def test_load_case_turns_a_label_whose_slices_are_stored_from_the_other_end(make):
+    """3D Slicer saves labels of left-handed images so."""
+    label, back = mask(), np.diag([1.0, 1.0, -1.0, 1.0])
+    label[1, 3, 0], back[2, 3] = 1, SHAPE[2] - 1
+    loaded = load_case(make(label=label[:, :, ::-1], affine=AFFINE @ back), ("a", "b"))
+    np.testing.assert_array_equal(loaded.target, label)
+
+
 def test_load_case_of_a_picture_keeps_rows_and_columns(tmp_path):
     label = np.zeros((20, 30), np.uint8)
     label[4:9, 11:25] = 1

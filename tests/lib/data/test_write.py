@@ -26,7 +26,7 @@ SAGITTAL = OBLIQUE[:, [2, 0, 1, 3]]
 AFFINES = [np.diag([-1.0, -1.0, 3.0, 1.0]), OBLIQUE, FLIPPED, SAGITTAL]
 VOXELS = np.random.default_rng(0).random(SHAPE, dtype=np.float32)
 MASK = np.random.default_rng(1).integers(0, 5, SHAPE).astype(np.uint8)
-SUFFIXES = [".nii", ".nii.gz", ".nrrd"]
+SUFFIXES = [".nii", ".nii.gz", ".nrrd", ".seg.nrrd"]
 
 
 def from_nifti(folder, affine, sform=1, qform=0, kind=nib.Nifti1Image, endianness="<"):
@@ -63,7 +63,7 @@ def test_write_mask_of_a_nifti_image_reads_back_on_the_same_grid(tmp_path, affin
     path = write_mask(volume, MASK, tmp_path / f"mask{suffix}")
     assert load_volume(path).affine.tobytes() == volume.affine.tobytes()
     assert np.array_equal(voxels_of(path), MASK)
-    if suffix != ".nrrd":
+    if not suffix.endswith(".nrrd"):
         source, result = (nib.load(p) for p in (tmp_path / "image.nii.gz", path))
         assert result.affine.tobytes() == source.affine.tobytes()
         for field in ("sform_code", "qform_code", "quatern_b", "qoffset_x", "srow_x", "pixdim", "xyzt_units"):
@@ -100,7 +100,7 @@ def test_write_mask_nifti_of_an_nrrd_image_rounds_its_affine_to_float32(tmp_path
 def test_write_mask_has_the_type_asked_for_little_endian(tmp_path, suffix, dtype):
     volume = from_nifti(tmp_path, OBLIQUE, endianness=">")
     path = write_mask(volume, MASK, tmp_path / f"mask{suffix}", dtype)
-    if suffix == ".nrrd":
+    if suffix.endswith(".nrrd"):
         array, header = nrrd.read(str(path))
         assert (array.dtype, header["endian"]) == (np.dtype(dtype).newbyteorder("<"), "little")
     else:
@@ -136,6 +136,50 @@ def test_write_mask_takes_any_integer_array_and_layout(tmp_path, array):
     assert np.array_equal(voxels_of(path), array)
 
 
+def segments_of(path):
+    """Value to name, as the file's key-value pairs have them; pynrrd reads them as ASCII."""
+    text = path.read_bytes().split(b"\n\n")[0].decode()
+    pairs = dict(line.split(":=", 1) for line in text.splitlines() if ":=" in line)
+    count = sum(key.endswith("_Name") for key in pairs)
+    return {int(pairs[f"Segment{n}_LabelValue"]): pairs[f"Segment{n}_Name"] for n in range(count)}, pairs
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({}, {1: "Segment_1", 2: "Segment_2", 3: "Segment_3", 4: "Segment_4"}),
+        ({"liver": 1, "b": 2, "c": 3, "d": 4}, {1: "liver", 2: "b", 3: "c", 4: "d"}),
+        ({"d": 4, "Läsion links": 3}, {1: "Segment_1", 2: "Segment_2", 3: "Läsion links", 4: "d"}),
+        ({"absent": 9, "background": 0}, {**{n: f"Segment_{n}" for n in range(1, 5)}, 9: "absent"}),
+        ({"two\nlines := \\": 1}, {1: "two lines := \\\\", 2: "Segment_2", 3: "Segment_3", 4: "Segment_4"}),
+    ],
+)
+def test_write_mask_names_the_segments_of_a_seg_nrrd(tmp_path, names, expected):
+    path = write_mask(from_nifti(tmp_path, OBLIQUE), MASK, tmp_path / "mask.seg.nrrd", names=names)
+    found, pairs = segments_of(path)
+    assert found == expected
+    assert len({pairs[f"Segment{n}_ID"] for n in range(len(found))}) == len(found)
+    colours = [tuple(map(float, pairs[f"Segment{n}_Color"].split())) for n in range(len(found))]
+    assert len(set(colours)) == len(found) and all(0 <= c <= 1 for rgb in colours for c in rgb)
+    assert pairs["Segment0_Extent"] == "0 4 0 5 0 6" and pairs["Segment0_Layer"] == "0"
+
+
+def test_write_mask_plain_nrrd_carries_no_names(tmp_path):
+    path = write_mask(from_nifti(tmp_path, OBLIQUE), MASK, tmp_path / "mask.nrrd", names={"liver": 1})
+    assert b"liver" not in path.read_bytes()
+
+
+def test_write_mask_seg_nrrd_is_read_by_slicers_own_core(tmp_path):
+    sc = pytest.importorskip("slicer_core", reason="needs 3D Slicer's core: pip install -r requirements-dev.txt")
+    names = {"große Läsion": 1, "two words": 2, "a\\b": 3, "absent": 7}
+    path = write_mask(from_nrrd(tmp_path, OBLIQUE), MASK, tmp_path / "mask.seg.nrrd", names=names)
+    logic, scene = sc.vtkSlicerSegmentationsModuleLogic(), sc.vtkMRMLScene()
+    logic.SetMRMLScene(scene)
+    segmentation = logic.LoadSegmentationFromFile(str(path), False).GetSegmentation()
+    segments = [segmentation.GetNthSegment(n) for n in range(segmentation.GetNumberOfSegments())]
+    assert {s.GetName(): s.GetLabelValue() for s in segments} == {**names, "Segment_4": 4}
+
+
 def test_write_mask_agrees_with_itk_about_the_place(tmp_path):
     sitk = pytest.importorskip("SimpleITK", reason="the reference reader")
     from_nifti(tmp_path, np.diag([-1.5, 1.5, 3.0, 1.0]) + np.diag([0, 0, 0, 0.0]), 1, 1)
@@ -169,7 +213,9 @@ def test_write_mask_of_a_picture_as_volume_lies_on_the_picture(tmp_path, suffix)
 
 @pytest.mark.parametrize("name", ["mask.mha", "mask.jpg", "mask.dcm", "mask"])
 def test_write_mask_unknown_format_lists_the_known(tmp_path, name):
-    with pytest.raises(PromptError, match=r"extension out of \['.nii', '.nii.gz', '.nrrd', '.png'\]; received"):
+    with pytest.raises(
+        PromptError, match=r"extension out of \['.nii', '.nii.gz', '.nrrd', '.seg.nrrd', '.png'\]; received"
+    ):
         write_mask(from_nifti(tmp_path, OBLIQUE), MASK, tmp_path / name)
 
 

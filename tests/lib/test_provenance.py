@@ -1,0 +1,86 @@
+"""The record of how a label came about: JSON and back, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+
+from lib.errors import ConfigError
+from lib.provenance import Kind, Provenance
+from lib.types import Window, WindowSource
+
+FULL = Provenance(
+    kind=Kind.SEMIAUTOMATIC,
+    task="sam2rad_edit",
+    method="sam2rad",
+    version="v0003",
+    backbone="compact",
+    weights_id="5f3a",
+    prompts=7,
+    window=Window(-160.5, 239.5, WindowSource.DICOM),
+    created=datetime(2026, 3, 1, 12, 30, 5, 7, tzinfo=UTC),
+)
+
+
+@pytest.mark.parametrize("record", [FULL, Provenance(kind=Kind.MANUAL), Provenance.answered(prompts=0, task="sam")])
+def test_json_gives_an_equal_record(record):
+    assert Provenance.from_json(json.loads(json.dumps(record.to_json(), allow_nan=False))) == record
+
+
+def test_json_is_plain():
+    assert FULL.to_json() == {
+        "kind": "SEMIAUTOMATIC", "task": "sam2rad_edit", "method": "sam2rad", "version": "v0003",
+        "backbone": "compact", "weights_id": "5f3a", "prompts": 7,
+        "window": {"lo": -160.5, "hi": 239.5, "source": "dicom"}, "created": "2026-03-01T12:30:05.000007+00:00",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("prompts, kind", [(0, Kind.AUTOMATIC), (1, Kind.SEMIAUTOMATIC), (12, Kind.SEMIAUTOMATIC)])
+def test_answer_without_a_prompt_is_automatic(prompts, kind):
+    assert Provenance.answered(prompts=prompts).kind is kind
+
+
+def test_time_is_kept_in_utc():
+    there = datetime(2026, 3, 1, 14, tzinfo=timezone(timedelta(hours=2)))
+    assert Provenance(kind=Kind.MANUAL, created=there).to_json()["created"] == "2026-03-01T12:00:00.000000+00:00"
+    assert abs(Provenance(kind=Kind.MANUAL).created - datetime.now(UTC)) < timedelta(seconds=5)
+
+
+def test_older_record_takes_the_defaults():
+    assert Provenance.from_json({"kind": "MANUAL", "created": "2026-03-01T12:00:00+00:00"}).prompts == 0
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"kind": "GUESSED"}, "'GUESSED' is not a valid Kind"),
+        ({"kind": "AUTOMATIC"}, "prompts: expected a count that fits AUTOMATIC, received 7"),
+        ({"prompts": 0}, "prompts: expected a count that fits SEMIAUTOMATIC, received 0"),
+        ({"prompts": -1}, "count of at least 0"),
+        ({"prompts": True}, "count of at least 0"),
+        ({"prompts": "7"}, "count of at least 0"),
+        ({"task": None}, "task: expected a text"),
+        ({"created": "yesterday"}, "Invalid isoformat"),
+        ({"created": "2026-03-01T12:00:00"}, "created: expected a time with zone"),
+        ({"created": 5}, "expected the fields of a record"),
+        ({"window": {"lo": 1}}, "'hi'"),
+        ({"window": [1, 2]}, "expected the fields of a record"),
+        ({"promts": 3}, "unknown key 'promts'.*prompts"),
+    ],
+)
+def test_malformed_record_is_refused(change, text):
+    with pytest.raises(ConfigError, match=text):
+        Provenance.from_json({**FULL.to_json(), **change})
+
+
+@pytest.mark.parametrize("values", [None, [], "AUTOMATIC"])
+def test_other_json_is_refused(values):
+    with pytest.raises(ConfigError, match="expected a mapping"):
+        Provenance.from_json(values)
+
+
+def test_kind_is_needed():
+    with pytest.raises(ConfigError, match="kind"):
+        Provenance.from_json({})
