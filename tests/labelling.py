@@ -45,15 +45,19 @@ def progress(server: Server) -> dict[str, Any]:
     return server.info()["train_stats"]["sam2rad"]
 
 
+def training_status(server: Server) -> str:
+    """``PENDING``, ``RUNNING``, ``DONE``, ``ERROR`` or ``STOPPED``, as clients see it."""
+    return requests.get(f"{server.url}/train/", timeout=60).json()["status"]
+
+
 def train(server: Server, **options: Any) -> list[dict[str, Any]]:
     """Trains to the end; what ``/info/`` showed meanwhile, the last entry being the result."""
     start_training(server, **options)
     seen, end = [], time.monotonic() + TRAINING_LIMIT_S
     while time.monotonic() < end:
         seen.append(progress(server))
-        answer = requests.get(f"{server.url}/train/", timeout=60)
-        status = answer.json()["status"]
-        assert status in ("RUNNING", "DONE", "PENDING"), answer.text[-3000:]
+        status = training_status(server)
+        assert status in ("RUNNING", "DONE", "PENDING"), requests.get(f"{server.url}/train/", timeout=60).text[-3000:]
         if status == "DONE":
             return [*seen, progress(server)]
         time.sleep(2)

@@ -14,9 +14,9 @@ import requests
 import torch
 from safetensors.torch import load_file
 
-from tests.labelling import ask, progress, save_labels, start_training, train, upload
+from tests.labelling import ask, progress, save_labels, start_training, train, training_status, upload
 from tests.phantoms import ellipsoid, grey_values
-from tests.serving import Server, running_server
+from tests.serving import Server, eventually, running_server
 
 LABELS = ("liver",)
 LONG = {"epochs": 3, "steps": 30, "patience": 3, "seed": 5}
@@ -93,6 +93,7 @@ def test_training_killed_twice_ends_as_if_it_had_not_been(tmp_path: Path) -> Non
         start_training(server, **LONG)
         resumable_step(server, at_least=31)
         training_child(server).kill()  # SIGKILL
+        assert eventually(lambda: training_status(server) == "ERROR")  # and not RUNNING for ever
         after = ask(server, tmp_path, "sam2rad", "case0")
         assert_same(before, after)
         start_training(server, **LONG)
