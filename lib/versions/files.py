@@ -75,6 +75,13 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file beside and renames it, so that readers see the old text or the new."""
+    part = path.with_name(f"{path.name}.part")
+    write_text(part, text)
+    os.replace(part, path)
+
+
 def sync_folder(folder: Path) -> None:
     """Waits until names in a folder are on the disk."""
     if os.name == "nt":  # has no handle on folders

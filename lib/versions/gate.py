@@ -1,13 +1,20 @@
-"""Whether a version may answer: does it fit the backbone, and does it beat the one that is live. Pure functions."""
+"""Whether a version may answer: does it fit the backbone, and does it beat the one that is live. Pure functions.
+
+The gate looks at the mean and at every class: a mean that rises may hide a structure that got lost. Left out: scoring
+(:mod:`lib.evaluate`), and any test of significance, for which a handful of validation cases is too few.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any, Optional
 
 from lib.errors import ConfigError, WeightsError
 from lib.versions.record import Version
+
+ROUNDING = 1e-9  # a drop of just the tolerance is within it
 
 
 def check_fits(version: Version, backbone_digest: str, labels: Optional[Sequence[str]] = None) -> None:
@@ -34,40 +41,97 @@ def check_fits(version: Version, backbone_digest: str, labels: Optional[Sequence
         )
 
 
-def beats(challenger: Mapping[str, Any], incumbent: Optional[Mapping[str, Any]]) -> tuple[bool, str]:
-    """The gate: whether a new version may replace the live one, and why, in a sentence without case names.
+def beats(
+    challenger: Mapping[str, Any], incumbent: Optional[Mapping[str, Any]], *, tolerance: float
+) -> tuple[bool, str]:
+    """The gate: whether a new version may replace the live one, and why, in sentences without case names.
 
-    A strictly greater mean Dice wins; a mean that is None or not finite counts as 0 for the incumbent and never wins.
+    A strictly greater mean Dice wins, unless a class lost more than ``tolerance``. A mean that is None or not finite
+    counts as 0 for the incumbent and never wins.
 
     Args:
         challenger: ``mean_dice``, ``dice`` by label and ``cases`` (names, or a mapping by name) of the new version.
-        incumbent: the same of the live version, scored now; None where nothing is live.
+        incumbent: the same of the live version, scored now; None where nothing is live that could answer.
+        tolerance: Dice that a class may lose while the mean rises.
 
     Raises:
         ConfigError: if the two were scored on other cases or labels, or ``mean_dice`` is missing.
     """
-    new, count = _mean_dice(challenger), len(challenger.get("cases", ()))
+    new, cases = _mean_dice(challenger), len(challenger.get("cases", ()))
+    count = f"{cases} case{'' if cases == 1 else 's'}"
     if incumbent is not None:
         _check_comparable(challenger, incumbent)
     old = _mean_dice(incumbent) if incumbent is not None else None
     if new is None:
-        return False, f"The new version has no mean Dice on {count} cases, so it cannot win."
+        return False, f"The new version has no mean Dice on {count}, so it cannot win."
     won = new > (old or 0.0)
-    if old is None:
+    if old is None or incumbent is None:
         why = "nothing is live" if incumbent is None else "the live version has no score"
         return (
             won,
-            f"Mean Dice {new:.4f} on {count} cases {'wins' if won else 'is too low'}: {why}, so above 0 is enough.",
+            f"Mean Dice {new:.4f} on {count} {'wins' if won else 'is too low'}: {why}, so above 0 is enough.",
         )
     verb = "beats" if won else "does not beat"
-    return won, f"Mean Dice {new:.4f} {verb} {old:.4f} ({new - old:+.2g}) on the same {count} cases."
+    means = f"Mean Dice {new:.4f} {verb} {old:.4f} ({new - old:+.2g}) on the same {count}"
+    worse = [
+        f"{label} drops from {was:.4f} to {now:.4f}" for label, was, now in dropped(challenger, incumbent, tolerance)
+    ]
+    if worse:
+        means += f", {'but' if won else 'and'} {', '.join(worse)}, more than the {tolerance:g} that a class may lose"
+    return won and not worse, f"{means}.{_case_by_case(challenger, incumbent)}"
+
+
+def dropped(
+    challenger: Mapping[str, Any], incumbent: Mapping[str, Any], tolerance: float
+) -> list[tuple[str, float, float]]:
+    """Label, Dice before and Dice now of every class that lost more than ``tolerance``, the worst first.
+
+    A Dice that is None or not finite counts as 0 now, and as nothing to lose before.
+    """
+    pairs = [(label, _number(old), _number(challenger["dice"].get(label))) for label, old in incumbent["dice"].items()]
+    found = [(label, old, new) for label, old, new in pairs if old - new > tolerance + ROUNDING]
+    return sorted(found, key=lambda found: found[2] - found[1])
+
+
+def paired(challenger: Mapping[str, Any], incumbent: Mapping[str, Any]) -> dict[str, float]:
+    """Mean Dice of the challenger minus the incumbent's by case, over the cases and labels that both were scored on."""
+    before, found = by_case(incumbent), {}
+    for case, now in by_case(challenger).items():
+        change = [dice - before[case][label] for label, dice in now.items() if label in before.get(case, {})]
+        if change:
+            found[case] = sum(change) / len(change)
+    return found
+
+
+def by_case(scores: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Dice by case and label, without what is not a finite number; nothing where only names were kept."""
+    cases = scores.get("cases")
+    rows = {case: row for case, row in cases.items() if isinstance(row, Mapping)} if isinstance(cases, Mapping) else {}
+    return {case: {label: float(d) for label, d in row.items() if _known(d)} for case, row in rows.items()}
+
+
+def _case_by_case(challenger: Mapping[str, Any], incumbent: Mapping[str, Any]) -> str:
+    """How the cases' own differences lie: there are few, and one may carry the mean."""
+    change = list(paired(challenger, incumbent).values())
+    if not change:
+        return ""
+    better, worse = sum(c > 0 for c in change), sum(c < 0 for c in change)
+    spread = f"from {min(change):+.4f} to {max(change):+.4f}, median {median(change):+.4f}"
+    return f" Case by case {better} better, {worse} worse, {len(change) - better - worse} equal: {spread}."
+
+
+def _known(value: Any) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _number(value: Any) -> float:
+    return float(value) if _known(value) else 0.0
 
 
 def _mean_dice(scores: Mapping[str, Any]) -> Optional[float]:
     if "mean_dice" not in scores:
         raise ConfigError(f"Expected scores with mean_dice, received {sorted(scores)}. Score the version again.")
-    mean = scores["mean_dice"]
-    return float(mean) if mean is not None and math.isfinite(mean) else None
+    return float(scores["mean_dice"]) if _known(scores["mean_dice"]) else None
 
 
 def _check_comparable(challenger: Mapping[str, Any], incumbent: Mapping[str, Any]) -> None:

@@ -1,13 +1,12 @@
 """Trained versions of one learning method: stored whole, promoted by a gate, rolled back. No torch on import.
 
 A store is the folder ``<state_dir>/<method>``: ``versions/<name>/`` holds ``version.json`` and ``model.safetensors``,
-``live.json`` names the version in use, ``history.jsonl`` has a line for every decision; ``runs/`` belongs to training.
+``live.json`` names the version in use, ``history.jsonl`` has a line for every decision; ``runs/`` belongs to training,
+``reports/`` to :mod:`lib.versions.report`, and both lose a version's part when it is deleted.
 Versions are written beside and renamed, ``live.json`` is replaced, so a crash or a full disk leaves neither halves nor
 another live version. A decision is recorded before it takes effect: a crash in between leaves a line that reading
 recognises, because every line names what was live before it. Safe for several threads and processes (a lock file);
 readers take no lock. Left out: scoring, and what a model's tensors mean. Case names stay out of logs and messages.
-
-    python -m lib.versions --state DIR list | show NAME | promote NAME | rollback   [--method sam2rad] [--reason TEXT]
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from lib.errors import AppError, ConfigError, WeightsError
 from lib.plugins import did_you_mean
 from lib.versions.files import MODEL, Content, check_digest, explained, read_text, sync_folder, write_model, write_text
 from lib.versions.record import NAME, VERSION, Trained, Version, check_method, check_name, matches, plain
+from lib.versions.retention import expired
 from lib.weights import file_digest
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LIVE, HISTORY = "live.json", "history.jsonl"
+RUNS, REPORTS = "runs", "reports"
 PART = ".part-"
 LOCK_TIMEOUT_S = 60.0  # the lock is held for some small files and, on promotion, one digest
 STALE_S = 24 * 3600.0  # what a killed writer left is older than any writer runs
@@ -54,7 +55,10 @@ class Decision(StrEnum):
     PROMOTED = "promoted"
     REFUSED = "refused"
     ROLLED_BACK = "rolled back"
+    DELETED = "deleted"
 
+
+NOT_LIVE = (Decision.REFUSED, Decision.DELETED)  # what did not change which version is live
 
 Versions = list[Version]  # the store's method ``list`` hides the type inside the class
 
@@ -159,7 +163,7 @@ class VersionStore:
             with explained():
                 part.mkdir(parents=True)
                 write_model(content, part / MODEL)
-                facts |= {"method": self.method, "created": _now(), "sha256": file_digest(part / MODEL)}
+                facts |= {"method": self.method, "created": now(), "sha256": file_digest(part / MODEL)}
                 with self._locked():
                     version = self._publish(part, facts)
         finally:
@@ -230,10 +234,10 @@ class VersionStore:
         return load(data)
 
     def prune(self, keep: int) -> Names:
-        """Deletes old versions and what killed writers left; never the live version or the one before it.
+        """Deletes old versions with their runs and reports, and what killed writers left.
 
         Args:
-            keep: so many of the newest versions stay in any case, 1 or more.
+            keep: how many stay, 1 or more; which ones says :func:`lib.versions.retention.expired`.
 
         Returns:
             names of the deleted versions.
@@ -245,12 +249,12 @@ class VersionStore:
         if keep < 1:
             raise ConfigError(f"Expected to keep 1 or more versions, received {keep}.")
         with self._locked():
-            safe = {self.live_name(), self.predecessor()}
-            old = [v.name for v in self.list()[:-keep] if v.name not in safe]
-            for name in old:
-                gone = self._versions / f"{PART}{uuid4().hex}"
-                os.rename(self._versions / name, gone)  # vanishes at once, whatever happens to the deletion
-                shutil.rmtree(gone)
+            live, stored = self.live_name(), self.list()
+            old = expired(stored, self._trail(), keep)
+            for version in (v for v in stored if v.name in old):
+                self._delete(version)
+                # afterwards, because deleting makes the room that a full disk lacks for the line
+                self._record(Decision.DELETED, version, live, f"Among {len(stored)} versions, {keep} are kept.")
             for part in self._versions.glob(f"{PART}*"):
                 with suppress(FileNotFoundError):  # its writer was just done
                     if time.time() - part.stat().st_mtime > STALE_S:
@@ -279,6 +283,14 @@ class VersionStore:
             sync_folder(self._versions)
             return version
 
+    def _delete(self, version: Version) -> None:
+        gone = self._versions / f"{PART}{uuid4().hex}"
+        os.rename(self._versions / version.name, gone)  # vanishes at once, whatever happens to the deletion
+        shutil.rmtree(gone)
+        shutil.rmtree(self.folder / RUNS / version.name, ignore_errors=True)
+        for report in (self.folder / REPORTS).glob(f"{version.name}.*"):
+            report.unlink(missing_ok=True)
+
     def _switch(self, decision: Decision, version: Version, before: Optional[str], reason: str) -> None:
         check_digest(version, file_digest(self._versions / version.name / MODEL))
         self._record(decision, version, before, reason)
@@ -295,7 +307,7 @@ class VersionStore:
         scores = {key: version.metrics.get(key) for key in ("mean_dice", "dice")}
         with suppress(AppError):  # the version before may be damaged, which is no reason to keep it
             scores["previous_mean_dice"] = self.get(before).mean_dice if before else None
-        line = {"time": _now(), "decision": decision, "version": version.name, "previous": before}
+        line = {"time": now(), "decision": decision, "version": version.name, "previous": before}
         text = json.dumps({**line, "reason": reason, "scores": scores}, ensure_ascii=False)
         held = read_text(self.folder / HISTORY) or ""
         with (self.folder / HISTORY).open("a", encoding="utf-8") as file:
@@ -307,7 +319,7 @@ class VersionStore:
         """Names that were live one after the other, the live one last, without those that were rolled back."""
         trail: tuple[str, ...] = ()
         for line in self.history():
-            if line["decision"] == Decision.REFUSED:
+            if line["decision"] in NOT_LIVE:
                 continue
             trail = _ending_in(trail, line["previous"])
             back = line["decision"] == Decision.ROLLED_BACK
@@ -337,7 +349,8 @@ def open_store(state_dir: Path, method: str) -> VersionStore:
     return VersionStore(state_dir / check_method(method))
 
 
-def _now() -> str:
+def now() -> str:
+    """ISO time in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

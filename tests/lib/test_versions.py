@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from lib.errors import ConfigError, WeightsError
 from lib.versions import store as versions
 from lib.versions.__main__ import main
-from lib.versions.gate import beats, check_fits
+from lib.versions.gate import check_fits
 from lib.versions.record import Trained, Version
 from lib.versions.store import VersionStore, open_store
 
@@ -471,52 +471,6 @@ def test_version_of_another_backbone_or_label_list_does_not_fit(store) -> None:
     for labels in (["LV", "RV"], ["RV"], []):
         with pytest.raises(WeightsError, match="knows the labels RV, LV in this order"):
             check_fits(version, "ab" * 32, labels)
-
-
-# --- the gate
-
-
-def scores(mean: Optional[float], cases: Any = ("a", "b"), labels: tuple[str, ...] = ("RV", "LV")) -> dict[str, Any]:
-    return {"mean_dice": mean, "dice": dict.fromkeys(labels, mean), "cases": cases}
-
-
-@pytest.mark.parametrize(
-    ("new", "old", "won", "text"),
-    [
-        (0.81, 0.80, True, "Mean Dice 0.8100 beats 0.8000 (+0.01) on the same 2 cases."),
-        (0.80, 0.81, False, "Mean Dice 0.8000 does not beat 0.8100 (-0.01)"),
-        (0.80, 0.80, False, "does not beat"),
-        (math.nextafter(0.8, 1.0), 0.8, True, "(+1.1e-16)"),
-        (math.nan, 0.1, False, "no mean Dice"),
-        (None, None, False, "no mean Dice"),
-        (math.inf, 0.1, False, "no mean Dice"),
-        (0.1, math.nan, True, "the live version has no score"),
-        (0.0, None, False, "is too low"),
-    ],
-)
-def test_gate_lets_only_strictly_greater_win(new, old, won, text) -> None:
-    found, sentence = beats(scores(new), scores(old, cases={"b": 1, "a": 2}))
-    assert found is won and text in sentence
-
-
-@pytest.mark.parametrize(("new", "won"), [(0.01, True), (0.0, False), (math.nan, False), (None, False)])
-def test_gate_without_live_version_wants_more_than_nothing(new, won) -> None:
-    found, sentence = beats(scores(new), None)
-    assert found is won and "2 cases" in sentence and "same" not in sentence
-
-
-@pytest.mark.parametrize(
-    ("new", "old", "text"),
-    [
-        (scores(0.9), scores(0.8, cases=("a", "c")), "same cases, received 2 and 2 with 1 in common"),
-        (scores(0.9), scores(0.8, cases=("a",)), "same cases, received 2 and 1"),
-        (scores(0.9, labels=("RV",)), scores(0.8), "same labels, received 1 and 2"),
-        ({"dice": {}, "cases": []}, None, "mean_dice"),
-    ],
-)
-def test_gate_refuses_what_cannot_be_compared(new, old, text) -> None:
-    with pytest.raises(ConfigError, match=text):
-        beats(new, old)
 
 
 # --- command line
