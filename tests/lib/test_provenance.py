@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
 from lib.errors import ConfigError
-from lib.provenance import Kind, Provenance
+from lib.provenance import Change, Kind, Provenance
 from lib.types import Window, WindowSource
 
 FULL = Provenance(
@@ -24,7 +25,22 @@ FULL = Provenance(
 )
 
 
-@pytest.mark.parametrize("record", [FULL, Provenance(kind=Kind.MANUAL), Provenance.answered(prompts=0, task="sam")])
+SAVED = replace(
+    FULL,
+    prompts=0,
+    window=Window(1.0, 2.0, WindowSource.REQUEST, (Window(3.0, 4.0),)),
+    saved=True,
+    user="anna",
+    declared=True,
+    seconds_spent=12.5,
+    changed=Change("answer", {"liver": 0.98}, 120),
+    live={"sam2rad": "v0003"},
+)
+
+
+@pytest.mark.parametrize(
+    "record", [FULL, SAVED, Provenance(kind=Kind.MANUAL), Provenance.answered(prompts=0, task="sam")]
+)
 def test_json_gives_an_equal_record(record):
     assert Provenance.from_json(json.loads(json.dumps(record.to_json(), allow_nan=False))) == record
 
@@ -34,6 +50,7 @@ def test_json_is_plain():
         "kind": "SEMIAUTOMATIC", "task": "sam2rad_edit", "method": "sam2rad", "version": "v0003",
         "backbone": "compact", "weights_id": "5f3a", "prompts": 7,
         "window": {"lo": -160.5, "hi": 239.5, "source": "dicom"}, "created": "2026-03-01T12:30:05.000007+00:00",
+        "saved": False, "user": "", "declared": False, "seconds_spent": None, "changed": None, "live": {},
     }  # fmt: skip
 
 
@@ -67,12 +84,27 @@ def test_older_record_takes_the_defaults():
         ({"created": 5}, "expected the fields of a record"),
         ({"window": {"lo": 1}}, "'hi'"),
         ({"window": [1, 2]}, "expected the fields of a record"),
+        ({"user": None}, "user: expected a text"),
+        ({"seconds_spent": -1}, "seconds_spent: expected seconds or none"),
+        ({"seconds_spent": float("nan")}, "seconds_spent: expected seconds or none"),
+        ({"live": "v0003"}, "live: expected versions by method"),
+        ({"changed": 0.9}, "changed: expected a change or none"),
+        ({"changed": {"since": "answer"}}, "missing 2 required"),
+        ({"changed": {"since": "ever", "dice": {}, "voxels": 0}}, "changed since: expected one of"),
+        ({"changed": {"since": "answer", "dice": {"a": "1"}, "voxels": 0}}, "changed dice: expected Dice"),
+        ({"changed": {"since": "answer", "dice": {}, "voxels": -1}}, "changed voxels: expected a count"),
         ({"promts": 3}, "unknown key 'promts'.*prompts"),
     ],
 )
 def test_malformed_record_is_refused(change, text):
     with pytest.raises(ConfigError, match=text):
         Provenance.from_json({**FULL.to_json(), **change})
+
+
+def test_label_that_a_person_saved_needs_no_prompt():
+    assert SAVED.prompts == 0 and SAVED.kind is Kind.SEMIAUTOMATIC
+    with pytest.raises(ConfigError, match="a count that fits AUTOMATIC"):
+        replace(SAVED, kind=Kind.AUTOMATIC)
 
 
 @pytest.mark.parametrize("values", [None, [], "AUTOMATIC"])

@@ -1,0 +1,64 @@
+"""Labels of the datastore as label maps with names, for what looks at labels: scoring and provenance.
+
+Frame: voxels of the image's file. Thread-safe: no state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from monailabel.interfaces.datastore import Datastore
+
+from lib.data.geometry import choose_axis
+from lib.data.samples import named_values, read_label
+from lib.quality.checks import LabelMap
+from lib.types import Volume
+
+
+def stored_map(datastore: Datastore, image: str, tag: str, volume: Volume, labels: Sequence[str] = ()) -> LabelMap:
+    """A label of the store.
+
+    Args:
+        datastore: the store.
+        image: identifier.
+        tag: of a label that the image has.
+        volume: the image.
+        labels: names of the values 1..K in a label that declares none.
+
+    Raises:
+        GridError: for a label on another grid.
+        VolumeError: for one that cannot be read.
+        CapacityError: for one that does not fit the memory.
+    """
+    label = datastore.get_label_by_image_id(image, tag)
+    info = datastore.get_label_info(label, tag) or {}
+    return label_map(volume, Path(datastore.get_label_uri(label, tag)), names_of(info), labels)
+
+
+def names_of(info: Mapping[str, Any]) -> dict[int, str]:
+    """Voxel value to name, out of what was saved with a label; a batch keeps the reply one level deeper."""
+    reply = info.get("params")
+    return named_values({**(reply if isinstance(reply, Mapping) else {}), **info})
+
+
+def label_map(volume: Volume, path: Path, names: Mapping[int, str], labels: Sequence[str] = ()) -> LabelMap:
+    """A label file with the names of its values.
+
+    Args:
+        volume: the image.
+        path: of the label file.
+        names: value to name, as declared; empty where nothing was.
+        labels: names of the values 1..K in a label that declares none.
+
+    Raises:
+        GridError, VolumeError, CapacityError: as :func:`lib.data.samples.read_label`.
+    """
+    voxels, found = read_label(volume, path)
+    declared = dict(names) or dict(enumerate(labels, start=1))
+    unnamed = tuple(value for value in found if declared and value not in declared)
+    known = {value: f"label_{value}" for value in found} | declared
+    axis = choose_axis(volume.spacing_mm, volume.shape, is_2d=volume.is_2d)
+    return LabelMap(np.asarray(voxels), known, volume.affine, volume.spacing_mm, axis, unnamed, bool(declared))
