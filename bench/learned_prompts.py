@@ -26,7 +26,7 @@ import torch
 
 from bench import common, unet
 from bench.common import Report
-from lib.config import TrainRecipe, method_row
+from lib.config import MethodRow, TrainRecipe, method_row
 from lib.contracts import PromptSet
 from lib.data.geometry import put_slice, slice_size
 from lib.data.samples import LabelledCase, TrainingCase, load_case, patient_of
@@ -37,12 +37,13 @@ from lib.loading import load_backbone
 from lib.prompts.simulate import box_of, next_click
 from lib.prompts.user import SlicePrompts, prompt_set
 from lib.train_data import Batches, Slice, all_slices, axis_of
-from lib.train_loop import Run, fit, step_loss
+from lib.train_loop import Run, fit, losses_of
 from lib.transform import SliceTransform
 
 SETS = {"hippocampus": ("anterior", "posterior"), "acdc": ("RV", "Myo", "LV")}
 CLICKS = (1, 3, 5)
 EPOCHS = 8  # a validation after each
+Clock = Callable[[], float]
 
 
 @dataclass
@@ -82,40 +83,82 @@ def split(cases: Sequence[TrainingCase]) -> tuple[list[TrainingCase], list[Train
 
 
 def learn(data: Data, cases: Sequence[TrainingCase], preset: str, budget_s: float, seed: int, folder: Path) -> Learned:
-    """A model trained for the budget, features and validation included."""
-    row, started = method_row("sam2rad"), time.monotonic()
-    recipe = replace(row.recipe, preset=preset, seed=seed, epochs=EPOCHS, patience=EPOCHS)
-    torch.manual_seed(seed)
-    model = Learned(row, load_backbone("compact"), len(data.labels), preset)
+    """Sam2Rad, trained for the budget."""
+    row = method_row("sam2rad")
+    row = replace(row, recipe=replace(row.recipe, preset=preset, seed=seed))
+    return trained(row, data, cases, budget_s, folder)[0]
+
+
+def trained(
+    row: MethodRow,
+    data: Data,
+    cases: Sequence[TrainingCase],
+    budget_s: float,
+    folder: Path,
+    clock: Clock = time.monotonic,
+) -> tuple[Learned, dict[str, Any]]:
+    """Any method trained for the budget, features and validation included, and how that went.
+
+    Args:
+        row: of the method; its recipe's epochs, steps and patience are set here.
+        data: whose labels are learned.
+        cases: to train on, every fifth patient of which chooses the best epoch.
+        budget_s: seconds of ``clock``.
+        folder: new one for the run.
+        clock: of the budget.
+    """
+    started = clock()
+    recipe = replace(row.recipe, epochs=EPOCHS, patience=EPOCHS)
+    torch.manual_seed(recipe.seed)
+    model = Learned(row, load_backbone("compact"), len(data.labels), recipe.preset)
     training, validation = split(cases)
     batches = Batches(model, all_slices(training), recipe)
     batches.prepare()
-    steps = _steps(model, batches, recipe, validation, budget_s - (time.monotonic() - started))
+    steps = _steps(model, batches, recipe, validation, budget_s - (clock() - started), clock)
     recipe = replace(recipe, steps=max(1, steps // EPOCHS))
     batches.recipe = recipe
     best = fit(Run(model, batches, validation, data.labels, recipe, folder))
-    done = f"{recipe.steps * EPOCHS} steps, {time.monotonic() - started:.0f} s"
+    facts = {"steps": recipe.steps * EPOCHS, "train_s": clock() - started, "epoch": best["epoch"]}
+    facts |= {"validation": best["mean_dice"]}
+    done = f"{facts['steps']} steps, {facts['train_s']:.0f} s"
     chosen = f"validation Dice {best['mean_dice']:.3f} in epoch {best['epoch']}"
-    print(f"{data.name}, {len(cases)} cases, {preset}: {done}, {chosen}", flush=True)
-    return model
+    print(f"{data.name}, {len(cases)} cases, {row.name} {recipe.preset}: {done}, {chosen}", flush=True)
+    return model.eval(), facts
 
 
 def _steps(
-    model: Learned, batches: Batches, recipe: TrainRecipe, validation: Sequence[TrainingCase], left_s: float
+    model: Learned,
+    batches: Batches,
+    recipe: TrainRecipe,
+    validation: Sequence[TrainingCase],
+    left_s: float,
+    clock: Clock,
 ) -> int:
     """As many steps as fit the time that is left, by timing some, and one validation, without updating anything."""
-    started = time.monotonic()
+    per_step = _step_s(model, batches, recipe, clock)
+    if model.warm_up:  # cheaper steps until then
+        model.progress = 0.0
+        per_step += model.warm_up * (_step_s(model, batches, recipe, clock) - per_step)
+        model.progress = 1.0
+    started = clock()
+    segmented(model.eval(), validation[0], encoded(model))
+    checks = EPOCHS * len(validation) * (clock() - started)
+    return max(EPOCHS, int((left_s - checks) / per_step))
+
+
+def _step_s(model: Learned, batches: Batches, recipe: TrainRecipe, clock: Clock) -> float:
+    """Seconds of a step; at a learning rate of zero the weights stay."""
+    optimiser, started = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.0), clock()
     for step in range(4):
         if step == 1:
-            started = time.monotonic()
+            started = clock()
         features, target = batches.batch(step)
-        step_loss(model.train(), features, target, recipe.loss, step)[0].backward()
-    per_step = (time.monotonic() - started) / 3
+        for loss, _ in losses_of(model.train(), features, target, recipe.loss, step):
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
     model.zero_grad()
-    started = time.monotonic()
-    segmented(model.eval(), validation[0], encoded(model))
-    checks = EPOCHS * len(validation) * (time.monotonic() - started)
-    return max(EPOCHS, int((left_s - checks) / per_step))
+    return (clock() - started) / 3
 
 
 # ------------------------------------------------------------------------------------------------------------ prompting
@@ -199,11 +242,12 @@ def scores(data: Data, segment: Callable[[TrainingCase], np.ndarray]) -> dict[st
     return {"dice": np.array(dice), "hd95": np.array(distance, float)}
 
 
-def interval(difference: np.ndarray, seed: int = 0) -> str:
-    """Mean difference over test cases and its 95 % bootstrap interval."""
+def interval(values: np.ndarray, seed: int = 0, *, sign: str = "+") -> str:
+    """Mean over test cases, of differences unless ``sign`` is empty, and its 95 % bootstrap interval."""
     rng = np.random.default_rng(seed)
-    means = difference[rng.integers(len(difference), size=(2000, len(difference)))].mean(1)
-    return f"{difference.mean():+.3f} ({np.quantile(means, 0.025):+.3f} to {np.quantile(means, 0.975):+.3f})"
+    means = values[rng.integers(len(values), size=(2000, len(values)))].mean(1)
+    least, most = np.quantile(means, (0.025, 0.975))
+    return f"{values.mean():{sign}.3f} ({least:{sign}.3f} to {most:{sign}.3f})"
 
 
 def methods(

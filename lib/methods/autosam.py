@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 from lib.contracts import BackboneSpec, Features, PromptSet, Proposal, image_tap
 from lib.errors import ConfigError
-from lib.methods import sam2rad
-from lib.nn.adapters import Injector
 from lib.nn.hardnet import CHANNELS, HarDNet
 from lib.nn.losses import area_bce, bce_dice, dice_loss, presence_loss, present_mean, visible
 
 STRIDES = (4, 8, 16)
 LEAST_SIDE = 32
+CELL = 8  # pixels
 HEADS = ("sam", "light")
 
 
@@ -35,14 +34,15 @@ class Config:
     Args:
         classes: K.
         cnn: name of a timm model, or ``hardnet85``, the paper's.
-        side: I, of the network's input in pixels; never more than the backbone's own side.
+        side: I, of the network's input in pixels, never more than the backbone's own side; 0 means eight per cell of
+            the embedding: 512, the source's default, for SAM, 128 for compact, where 256 takes thrice as long.
         head: ``sam`` decodes the maps with SAM, ``light`` with three layers.
         presence: True predicts from the maps whether a class is there; False leaves that to SAM, where it can tell.
     """
 
     classes: int
     cnn: str = "resnet18"
-    side: int = 256
+    side: int = 0
     head: str = "sam"
     presence: bool = True
 
@@ -55,8 +55,8 @@ def build(config: Config, spec: BackboneSpec) -> AutoSam:
     """
     if config.head not in HEADS:
         raise ConfigError(f"autosam.head: expected one of {list(HEADS)}, received {config.head!r}.")
-    if config.classes < 1 or config.side < LEAST_SIDE:
-        raise ConfigError(f"autosam: expected classes >= 1 and side >= {LEAST_SIDE}, received {config}.")
+    if config.classes < 1 or 0 < config.side < LEAST_SIDE or config.side < 0:
+        raise ConfigError(f"autosam: expected classes >= 1 and side 0 or >= {LEAST_SIDE}, received {config}.")
     return AutoSam(config, spec)
 
 
@@ -68,7 +68,8 @@ class AutoSam(nn.Module):
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__()
         self.config, self.spec, self.classes = config, spec, config.classes
-        self.taps = (image_tap(min(config.side, spec.input_size)),)
+        side = config.side or max(LEAST_SIDE, CELL * spec.grid)
+        self.taps = (image_tap(min(side, spec.input_size)),)
         self.trunk, channels = trunk(config.cnn)
         self.maps = MapDecoder(channels, spec.prompt_width, config.classes)
         self.scale = nn.Parameter(torch.ones(()))
@@ -205,13 +206,3 @@ LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
     "autosam": (bce_dice, True),
     "plain": (lambda x, y: dice_loss(x, y) + area_bce(x, y), False),
 }
-
-
-def injectors(config: Config, backbone: Any, *, decoder: bool, encoder: bool) -> list[Injector]:
-    """Sam2Rad's adapters: the paper freezes all of SAM, but a backbone that is far from the images may need them."""
-    return sam2rad.injectors(sam2rad.Config(config.classes), backbone, decoder=decoder, encoder=encoder)
-
-
-def decoder_parameters(backbone: Any) -> list[str]:
-    """Names of the decoder's parameters that are trained as they are beside the adapters."""
-    return sam2rad.decoder_parameters(backbone)

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from lib.contracts import BackboneSpec, Features, Hooks, PromptSet, Proposal
 from lib.errors import ConfigError
-from lib.methods import sam2rad
-from lib.nn.adapters import Injector
 from lib.nn.losses import area_bce, bce_dice, dice_loss, point_loss, presence_loss, present_mean, visible
 from lib.nn.points import MAPS, CrossPoints, LightPoints, ResNetPoints, anchor_grid, zeroed
 
@@ -144,13 +142,3 @@ LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
     "promise": (bce_dice, True),
     "plain": (lambda x, y: dice_loss(x, y) + area_bce(x, y), False),
 }
-
-
-def injectors(config: Config, backbone: Any, *, decoder: bool, encoder: bool) -> list[Injector]:
-    """Sam2Rad's adapters: the paper freezes all of SAM, but a backbone that is far from the images may need them."""
-    return sam2rad.injectors(sam2rad.Config(config.classes), backbone, decoder=decoder, encoder=encoder)
-
-
-def decoder_parameters(backbone: Any) -> list[str]:
-    """Names of the decoder's parameters that are trained as they are beside the adapters."""
-    return sam2rad.decoder_parameters(backbone)

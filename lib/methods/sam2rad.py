@@ -19,19 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.contracts import BackboneSpec, Features, Hooks, PromptSet, Proposal
 from lib.errors import ConfigError
-from lib.nn.adapters import Injector, bottleneck, lora
+from lib.nn.adapters import Injector, standard
 from lib.nn.losses import area_bce, balanced_bce, box_loss, dice_loss, focal_loss, present_mean
 
 BOX_TOKENS = 2
 HEADS = 8
-# trained as a whole beside LoRA (METHODS 3.2)
-DECODER_PARTS = (
-    "mask_tokens",
-    "output_upscaling",
-    "output_hypernetworks_mlps",
-    "obj_score_token",
-    "pred_obj_score_head",
-)
 
 
 @dataclass(frozen=True)
@@ -287,20 +279,8 @@ def _true_boxes(target: Tensor) -> Tensor:
 
 
 def injectors(config: Config, backbone: Any, *, decoder: bool, encoder: bool) -> list[Injector]:
-    """LoRA on q and v of every decoder attention, bottlenecks before encoder blocks (METHODS 3.2)."""
-    found: list[Injector] = []
-    if decoder:
-        rank = config.lora_rank or (8 if backbone.spec.has_high_res else 32)
-        found.append(lora(r"dec\.(layer\[\d+\]\.(self|t2i|i2t)|final)\.[qv]", rank))
-    if encoder:
-        blocks = sorted({int(n.split("[")[1].split("]")[0]) for n in backbone.paths if n.startswith("enc.block[")})
-        chosen = "|".join(str(i) for i in (blocks[-config.last_blocks :] if config.last_blocks else blocks))
-        found += bottleneck(rf"enc\.block\[({chosen})\]", backbone, config.bottleneck_width)
-    return found
-
-
-def decoder_parameters(backbone: Any) -> list[str]:
-    """Names of the decoder's parameters that are trained as they are beside LoRA."""
-    prefix = backbone.paths["dec"] + "."
-    names = [n for n, _ in backbone.named_parameters() if n.startswith(prefix)]
-    return [n for n in names if n[len(prefix) :].split(".")[0] in DECODER_PARTS]
+    """The adapters that the app's other methods get too, in the sizes of the configuration."""
+    return standard(
+        backbone, decoder=decoder, encoder=encoder,
+        rank=config.lora_rank, width=config.bottleneck_width, last_blocks=config.last_blocks,
+    )  # fmt: skip

@@ -5,8 +5,8 @@ its deepest point, its box and its log-odds as mask prompt. A user's point, box 
 one of that kind. The decoder's masks and the auxiliary background are then weighed against each other by a small
 convolution; the answer's logits are log-odds of class against background, so that the best one above 0 is the softmax's
 choice. Encoder and decoder get adapters that see neighbouring slices (:mod:`lib.nn.depth`).
-Frames: points and boxes in pixels of the backbone's input. No state between calls. Left out: input channels other than
-the encoder's three (:func:`lib.nn.depth.modality` takes them) and the source's SGD schedule.
+Frames: points and boxes in pixels of the backbone's input. No state between calls. Left out: the source's SGD
+schedule.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from lib.contracts import BackboneSpec, Features, Hooks, PromptSet, Proposal
 from lib.errors import ConfigError
 from lib.nn.adapters import Injector
-from lib.nn.depth import KINDS, DepthEmbedding, depth_fused, modality
+from lib.nn.depth import KINDS, MIXES, DepthEmbedding, depth_fused, depth_placed, modality
 
 ABSENT = -10.0  # logit of a class that nothing points at
 SURE = 10.0  # bound of the mask prompt's log-odds
 SMALL = 0.01  # components below this share of their class do not widen its box
 LOSSES = ("selfprompt", "plain")
+PARTS = ("taps", "adapters", "place", "modality", "weigh")
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,20 @@ class Config:
         slices: D, of a volume that are seen together.
         depth: how adapters mix slices: ``conv1d`` over three neighbours, or ``fc`` over exactly D.
         warm_up: share of the training in which only the auxiliary masks learn, since poor ones make useless prompts.
+        mix: where adapters mix slices, one of :data:`lib.nn.depth.MIXES`; all but ``inside`` are for comparison.
+        parts: what there is of :data:`PARTS`, all unless for comparison: finer taps in the generator, adapters, depth
+            embeddings, the modality adapter, the weighing of classes.
+        channels: M, 2 or 4 of an image's own; 3 takes what SAM takes, and the mean of two or four. Training sets it to
+            what the images have.
     """
 
     classes: int
     slices: int = 8
     depth: str = "conv1d"
     warm_up: float = 0.2
+    mix: str = "inside"
+    parts: tuple[str, ...] = PARTS
+    channels: int = 3
 
 
 def build(config: Config, spec: BackboneSpec) -> SelfPrompt:
@@ -62,6 +71,10 @@ def build(config: Config, spec: BackboneSpec) -> SelfPrompt:
         )
     if config.depth not in KINDS:
         raise ConfigError(f"self_prompt.depth: expected one of {list(KINDS)}, received {config.depth!r}.")
+    if config.mix not in MIXES:
+        raise ConfigError(f"self_prompt.mix: expected one of {list(MIXES)}, received {config.mix!r}.")
+    if not set(config.parts) <= set(PARTS):
+        raise ConfigError(f"self_prompt.parts: expected some of {list(PARTS)}, received {list(config.parts)}.")
     return SelfPrompt(config, spec)
 
 
@@ -74,10 +87,10 @@ class SelfPrompt(nn.Module):
         super().__init__()
         self.config, self.spec, self.classes = config, spec, config.classes
         self.slices, self.warm_up = config.slices, config.warm_up
-        self.generator = Generator(spec, config.classes + 1)
+        self.generator = Generator(spec, config.classes + 1, finer="taps" in config.parts)
         self.taps = self.generator.taps
-        self.weigh = ClassAdapter(config.classes + 1)
-        self.place = DepthEmbedding(spec.prompt_width, config.slices)
+        self.weigh = ClassAdapter(config.classes + 1) if "weigh" in config.parts else nn.Identity()
+        self.place = DepthEmbedding(spec.prompt_width, config.slices) if "place" in config.parts else None
 
     def propose(self, features: Features) -> Proposal:
         """Prompts of all classes for B images, which are ``features.depth`` slices of each volume."""
@@ -101,8 +114,10 @@ class SelfPrompt(nn.Module):
             refine=lambda found, given, index: self._refined(logits[:, 0], found, given, index),
         )
 
-    def _placed(self, features: Features) -> Tensor:
+    def _placed(self, features: Features) -> Optional[Tensor]:
         """``(N, E, 1, 1)``: every pair's slice, for the encoding of the image."""
+        if self.place is None:
+            return None
         volumes = features.embed.shape[0] // features.depth
         place = self.place(features.depth).repeat(volumes, 1).repeat_interleave(self.classes, 0)
         return place[..., None, None]
@@ -152,18 +167,20 @@ class Generator(nn.Module):
     """Taps to auxiliary logits at 1, 2 and 4 times the embedding's side, widths E, E/2 and E/4.
 
     1.95 M parameters for the four taps of a ViT-B and four classes with background. Families with maps at strides 8 and
-    4 plug these in; a plain ViT's earlier blocks are enlarged instead.
+    4 plug these in; a plain ViT's earlier blocks are enlarged instead. Without ``finer`` taps: a plain stack on the
+    deepest one, for comparison.
     """
 
-    def __init__(self, spec: BackboneSpec, classes: int) -> None:
+    def __init__(self, spec: BackboneSpec, classes: int, *, finer: bool = True) -> None:
         super().__init__()
-        width, (deep, *finer) = spec.prompt_width, chosen_taps(spec)
-        self.names = [None if tap is None else tap[0] for tap in (deep, *finer)]
+        width, (deep, *others) = spec.prompt_width, chosen_taps(spec)
+        others = others if finer else [None, None]
+        self.names = [None if tap is None else tap[0] for tap in (deep, *others)]
         self.taps = tuple(name for name in self.names if name is not None)
         self.deep = nn.Sequential(*_conv(deep[2], width, 1), *_conv(width, width))  # type: ignore[index]
         widths, strides = (width // 2, width // 4, width // 4), (8, 4, 4)
         before, levels = width, []
-        for number, tap in enumerate(finer):
+        for number, tap in enumerate(others):
             lift = None if tap is None else (tap[2], int(math.log2(tap[1] / strides[number])))
             levels.append(Level(before, widths[number], lift, up=number < 2))
             before = widths[number]
@@ -327,8 +344,14 @@ def class_loss(logits: Tensor, truth: Tensor) -> Tensor:
 
 def injectors(config: Config, backbone: Any, *, decoder: bool, encoder: bool) -> list[Injector]:
     """Depth-fused adapters in encoder and decoder, and the modality adapter before the encoder (METHODS 4.2)."""
-    found = depth_fused(backbone, config.depth, config.slices, decoder=decoder, encoder=encoder)
-    return [*found, modality(3)] if encoder else found
+    found: list[Injector] = []
+    if "adapters" in config.parts:
+        found += depth_fused(backbone, config.depth, config.slices, config.mix, decoder=decoder, encoder=encoder)
+    if encoder and "place" in config.parts:
+        found.append(depth_placed(backbone, config.slices))
+    if encoder and ("modality" in config.parts or config.channels != 3):
+        found.append(modality(config.channels))
+    return found
 
 
 def decoder_parameters(backbone: Any) -> list[str]:

@@ -127,6 +127,14 @@ def on_grid(module: nn.Module, x: Tensor) -> Tensor:
 
 
 Wrap = Callable[[Any, Any], nn.Module]
+# of a decoder, trained as a whole beside LoRA (METHODS 3.2)
+DECODER_PARTS = (
+    "mask_tokens",
+    "output_upscaling",
+    "output_hypernetworks_mlps",
+    "obj_score_token",
+    "pred_obj_score_head",
+)
 
 
 @dataclass(frozen=True)
@@ -162,6 +170,38 @@ def bottleneck(pattern: str, backbone: Any, width: int = 64) -> list[Injector]:
         return lambda block, owner: BottleneckBefore(block, channels, width, owner.block_channels_first)
 
     return [Injector(re.escape(name), around(name)) for name in names]
+
+
+def standard(
+    backbone: Any, *, decoder: bool, encoder: bool, rank: int = 0, width: int = 64, last_blocks: int = 0
+) -> list[Injector]:
+    """Sam2Rad's adapters, also those of methods that name none: LoRA on q and v of every decoder attention, bottlenecks
+    before encoder blocks (METHODS 3.2).
+
+    Args:
+        backbone: to be adapted.
+        decoder: whether the decoder is.
+        encoder: whether the encoder is.
+        rank: of LoRA; 0 takes 8 for decoders with high-resolution maps, else 32.
+        width: of the bottlenecks.
+        last_blocks: of the encoder get one; 0 means all.
+    """
+    found: list[Injector] = []
+    if decoder:
+        rank = rank or (8 if backbone.spec.has_high_res else 32)
+        found.append(lora(r"dec\.(layer\[\d+\]\.(self|t2i|i2t)|final)\.[qv]", rank))
+    if encoder:
+        blocks = sorted({int(n.split("[")[1].split("]")[0]) for n in backbone.paths if n.startswith("enc.block[")})
+        chosen = "|".join(str(i) for i in (blocks[-last_blocks:] if last_blocks else blocks))
+        found += bottleneck(rf"enc\.block\[({chosen})\]", backbone, width)
+    return found
+
+
+def decoder_parameters(backbone: Any) -> list[str]:
+    """Names of the decoder's parameters that are trained as they are beside :func:`standard` adapters."""
+    prefix = backbone.paths["dec"] + "."
+    names = [n for n, _ in backbone.named_parameters() if n.startswith(prefix)]
+    return [n for n in names if n[len(prefix) :].split(".")[0] in DECODER_PARTS]
 
 
 def parallel(pattern: str, backbone: Any, *, wide: bool = False) -> list[Injector]:

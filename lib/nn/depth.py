@@ -7,6 +7,7 @@ part works as well. Every injected part is the identity at step 0. Only torch.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.errors import ConfigError
-from lib.nn.adapters import Injector, Wrap
+from lib.nn.adapters import Injector
 from lib.nn.volume import VolumeContext
 
 KINDS = ("conv1d", "fc")
+MIXES = ("inside", "before", "after", "none")
 
 
 class DepthMix(nn.Module):
@@ -61,21 +63,27 @@ class DepthMix(nn.Module):
 class DepthFusedAdapter(nn.Module):
     """C to r, GELU, depth, r to C; the last layer starts at zero.
 
-    298,000 parameters at C = 768 and ``fc`` over 16 slices, 35,216 at C = 256.
+    298,000 parameters at C = 768 and ``fc`` over 16 slices, 35,216 at C = 256. For comparisons the depth layer stands
+    before or after the other two, or is left out.
     """
 
-    def __init__(self, channels: int, kind: str, depth: int, volume: VolumeContext) -> None:
+    def __init__(self, channels: int, kind: str, depth: int, volume: VolumeContext, place: str = "inside") -> None:
         super().__init__()
         width = max(1, channels // 4)
-        self.volume = volume
+        self.volume, self.place = volume, place
         self.down, self.up = nn.Linear(channels, width), nn.Linear(width, channels)
-        self.mix = DepthMix(width, kind, depth)
+        mixed = width if place == "inside" else channels
+        self.mix = None if place == "none" else DepthMix(mixed, kind, depth)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape ``(B * D * inner, ..., C)``."""
-        return self.up(self.mix(F.gelu(self.down(x)), self.volume.unfolded(x.shape[0])))
+        x = F.gelu(self.down(self._mixed(x, "before")))
+        return self._mixed(self.up(self._mixed(x, "inside")), "after")
+
+    def _mixed(self, x: Tensor, place: str) -> Tensor:
+        return x if self.mix is None or place != self.place else self.mix(x, self.volume.unfolded(x.shape[0]))
 
 
 class Behind(nn.Module):
@@ -169,45 +177,64 @@ def modality(channels: int) -> Injector:
     return Injector(r"enc\.stem", lambda stem, _: nn.Sequential(ModalityAdapter(channels), stem))
 
 
-def depth_fused(backbone: Any, kind: str, depth: int, *, decoder: bool, encoder: bool) -> list[Injector]:
-    """Adapters of METHODS 4.2: two per encoder block and three per decoder layer, and the encoder's depth embedding.
+def depth_fused(
+    backbone: Any, kind: str, depth: int, mix: str = "inside", *, decoder: bool, encoder: bool
+) -> list[Injector]:
+    """Adapters of METHODS 4.2: two per encoder block and three per decoder layer.
+
+    Args:
+        backbone: to be adapted.
+        kind: of the depth layer, one of :data:`KINDS`.
+        depth: D.
+        mix: where it stands in the adapter, one of :data:`MIXES`; ``none`` leaves it out.
+        decoder: whether the decoder gets adapters.
+        encoder: whether the encoder does.
 
     Raises:
-        ConfigError: for a kind that does not exist.
+        ConfigError: for a kind or place that does not exist.
     """
     if kind not in KINDS:
         raise ConfigError(f"depth: expected one of {list(KINDS)}, received {kind!r}.")
+    if mix not in MIXES:
+        raise ConfigError(f"mix: expected one of {list(MIXES)}, received {mix!r}.")
+
+    def adapter(layer: str, owner: Any) -> DepthFusedAdapter:
+        return DepthFusedAdapter(_width(backbone, layer), kind, depth, owner.volume, mix)
+
     found: list[Injector] = []
     if encoder:
         for name in (n for n in backbone.paths if re.fullmatch(r"enc\.block\[\d+\]", n)):
-            found += _pair(backbone, f"{name}.attn.proj", f"{name}.mlp", kind, depth)
-        width = backbone.get_submodule(backbone.paths["enc.block[0].attn.qkv"]).in_features
-        # last: it takes the place of the block that the others are put into
-        found.append(Injector(r"enc\.block\[0\]", _placed(width, depth)))
+            found += [_behind(f"{name}.attn.proj", adapter), _beside(f"{name}.mlp", adapter)]
     if decoder:
         for name in (n for n in backbone.paths if re.fullmatch(r"dec\.layer\[\d+\]", n)):
-            found += _pair(backbone, f"{name}.self.out", f"{name}.mlp", kind, depth)
-            found.append(_behind(backbone, f"{name}.i2t.out", kind, depth))
+            found += [_behind(f"{name}.self.out", adapter), _beside(f"{name}.mlp", adapter)]
+            found.append(_behind(f"{name}.i2t.out", adapter))
     return found
 
 
-def _pair(backbone: Any, serial: str, mlp: str, kind: str, depth: int) -> list[Injector]:
-    width = backbone.get_submodule(backbone.paths[f"{mlp}.fc1"]).in_features
-
-    def beside(layer: nn.Module, owner: Any) -> nn.Module:
-        return Beside(layer, DepthFusedAdapter(width, kind, depth, owner.volume))
-
-    return [_behind(backbone, serial, kind, depth), Injector(re.escape(mlp), beside)]
+Adapt = Callable[[str, Any], DepthFusedAdapter]
 
 
-def _behind(backbone: Any, name: str, kind: str, depth: int) -> Injector:
-    width = backbone.get_submodule(backbone.paths[name]).out_features
-    return Injector(
-        re.escape(name), lambda layer, owner: Behind(layer, DepthFusedAdapter(width, kind, depth, owner.volume))
-    )
+def _width(backbone: Any, name: str) -> int:
+    """Channels that a layer gives."""
+    layer = f"{name}.fc1" if name.endswith(".mlp") else name
+    found = backbone.get_submodule(backbone.paths[layer])
+    return found.in_features if name.endswith(".mlp") else found.out_features
 
 
-def _placed(width: int, depth: int) -> Wrap:
-    return lambda block, owner: DepthPlaced(
-        block, DepthEmbedding(width, depth), owner.block_channels_first, owner.volume
-    )
+def _beside(name: str, adapter: Adapt) -> Injector:
+    return Injector(re.escape(name), lambda layer, owner: Beside(layer, adapter(name, owner)))
+
+
+def _behind(name: str, adapter: Adapt) -> Injector:
+    return Injector(re.escape(name), lambda layer, owner: Behind(layer, adapter(name, owner)))
+
+
+def depth_placed(backbone: Any, depth: int) -> Injector:
+    """The encoder's depth embedding; comes last, since it takes the place of a block that others are put into."""
+    width = backbone.get_submodule(backbone.paths["enc.block[0].attn.qkv"]).in_features
+
+    def before(block: nn.Module, owner: Any) -> nn.Module:
+        return DepthPlaced(block, DepthEmbedding(width, depth), owner.block_channels_first, owner.volume)
+
+    return Injector(r"enc\.block\[0\]", before)

@@ -80,7 +80,7 @@ def test_backbone_without_maps_is_refused(form) -> None:
 def test_yaml_fits_the_config() -> None:
     row = method_row("promise")
     assert from_mapping(Config, {**row.options, "classes": 2}, "promise").form == "light"
-    assert row.recipe.loss in LOSSES and row.recipe.preset == "frozen"
+    assert row.recipe.loss in LOSSES and row.recipe.preset == "auto"
 
 
 @pytest.mark.parametrize("points, side", [(1, 1), (3, 3), (5, 3), (16, 5)])

@@ -13,8 +13,8 @@ from lib import plugins
 from lib.config import backbone_row
 from lib.contracts import BackboneSpec, Features, PromptSet, Proposal
 from lib.errors import ConfigError
-from lib.methods.sam2rad import LOSSES, Config, build, decoder_parameters, injectors, losses
-from lib.nn.adapters import clone, inject
+from lib.methods.sam2rad import LOSSES, Config, build, injectors, losses
+from lib.nn.adapters import clone, decoder_parameters, inject
 
 SPEC = BackboneSpec("x", "sam1", 64, "squash", prompt_width=32, pyramid=(("a", 16, 8), ("b", 16, 8)))
 LN2 = math.log(2)

@@ -99,6 +99,8 @@ def test_real_fine_maps_are_taken_where_there_are_some(name, taps) -> None:
         ({"slices": 0}, SPEC, "slices >= 1"),
         ({"warm_up": 1.0}, SPEC, "warm_up"),
         ({"depth": "conv2d"}, SPEC, "expected one of .*conv1d.*, received 'conv2d'"),
+        ({"mix": "beside"}, SPEC, "expected one of .*inside.*, received 'beside'"),
+        ({"parts": ("taps", "tap")}, SPEC, r"expected some of .*, received \['taps', 'tap'\]"),
         (
             {},
             BackboneSpec("x", "sam1", 64, "squash", pyramid=(("a", 8, 8),)),

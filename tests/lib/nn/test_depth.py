@@ -8,7 +8,7 @@ from torch import nn
 
 from lib.loading import load_backbone
 from lib.nn.adapters import clone, inject
-from lib.nn.depth import Behind, Beside, DepthEmbedding, DepthFusedAdapter, DepthMix, ModalityAdapter, modality
+from lib.nn.depth import MIXES, Behind, Beside, DepthEmbedding, DepthFusedAdapter, DepthMix, ModalityAdapter, modality
 from lib.nn.volume import VolumeContext
 
 
@@ -22,9 +22,10 @@ def test_adapter_has_the_published_size(channels, parameters) -> None:
 
 
 @pytest.mark.parametrize("kind", ["conv1d", "fc"])
-def test_parts_are_the_identity_until_they_are_trained(kind) -> None:
+@pytest.mark.parametrize("place", MIXES)
+def test_parts_are_the_identity_until_they_are_trained(kind, place) -> None:
     volume, x = VolumeContext(), torch.randn(8, 3, 3, 8)
-    adapter = DepthFusedAdapter(8, kind, 4, volume)
+    adapter = DepthFusedAdapter(8, kind, 4, volume, place)
     with volume.spanning(4, 8):
         assert torch.equal(Behind(nn.Identity(), adapter)(x), x)
         assert torch.equal(Beside(nn.Identity(), adapter)(x), x)
@@ -32,6 +33,22 @@ def test_parts_are_the_identity_until_they_are_trained(kind) -> None:
         nn.init.zeros_(adapter.up.weight)
         assert torch.allclose(Behind(nn.Identity(), adapter)(x), x + 1)
         assert torch.allclose(Beside(nn.Identity(), adapter)(x), x + 0.5)
+
+
+@pytest.mark.parametrize("place, added", [("none", 0.0), ("before", 2.0), ("inside", 4.0), ("after", 8.0)])
+def test_depth_layer_stands_where_it_should(place, added) -> None:
+    """It adds a constant, which passes the GELU only where the layer stands before it."""
+    adapter, x = DepthFusedAdapter(4, "conv1d", 3, VolumeContext(), place), torch.randn(3, 4)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.zero_()
+        adapter.down.weight[0, 0] = adapter.up.weight[0, 0] = 1.0
+        if adapter.mix is not None:
+            adapter.mix.second.bias[0] = added
+        with adapter.volume.spanning(3, 3):
+            found = adapter(x)[:, 0]
+    gelu = torch.nn.functional.gelu
+    torch.testing.assert_close(found, gelu(x[:, 0] + added) if place == "before" else gelu(x[:, 0]) + added)
 
 
 def test_mix_by_hand() -> None:

@@ -1,0 +1,64 @@
+"""Every method that the app knows, trained through the server's REST interface, and what the live version answers.
+
+One server with all of them on ``tiny`` and generated cases; a new method is tested without an edit here. Whether it
+learns anything worth having is measured by ``bench.methods`` on real data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib.config import method_names
+from tests import cases
+from tests.labelling import ask, save_labels, train, upload
+from tests.serving import Server, running_server
+
+COUNT = 5  # one to validate, one that nobody labels
+FAST = {"epochs": 1, "steps": 4, "batch": 4, "views": 2, "patience": 1}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with every method on labelled phantoms; the last one has no label."""
+    scratch = tmp_path_factory.mktemp("methods")
+    studies = scratch / "studies"
+    studies.mkdir()
+    written = [cases.write_case(scratch / "cases", f"c{n}", n) for n in range(COUNT)]
+    conf = {
+        "backbone": "tiny",
+        "labels": ",".join(cases.LABELS),
+        "models": ",".join(method_names()),
+        "prefetch": "false",
+    }
+    with running_server(studies, scratch, conf=conf) as running:
+        upload(running, (c.image for c in written))
+        save_labels(running, (c.label for c in written[:-1]), cases.LABELS)
+        yield running
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("method", method_names())
+def test_method_is_trained_answers_alone_and_takes_a_click(server: Server, method: str, tmp_path: Path) -> None:
+    unseen = f"c{COUNT - 1}"
+    assert server.info()["models"][f"{method}_edit"]["version_live"] is None and method not in server.info()["models"]
+
+    last = train(server, method=method, **FAST)[-1]
+    assert (last["version"], last["live"], last["step"]) == ("v0001", True, 4), last
+    assert np.isfinite(last["loss"])
+    assert server.info()["models"][method]["labels"] == {name: n for n, name in enumerate(cases.LABELS, start=1)}
+
+    alone, reply = ask(server, tmp_path, method, unseen)
+    assert reply["version"] == "v0001" and alone.shape == cases.SHAPE and set(np.unique(alone)) <= {0, 1, 2}
+    again, _ = ask(server, tmp_path, f"{method}_edit", unseen)
+    np.testing.assert_array_equal(again, alone)  # no click: the autonomous result
+
+    label = cases.LABELS[0]
+    click = next(iter(np.argwhere(alone != 1).tolist()))  # where it says something else
+    edited, reply = ask(server, tmp_path, f"{method}_edit", unseen, **{label: [click]}, label=label)
+    assert reply["version"] == "v0001" and click[2] in reply["edited"][label]
+    assert edited[tuple(click)] == 1
