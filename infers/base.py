@@ -12,6 +12,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -26,7 +27,7 @@ from lib.dicom_seg import write_seg
 from lib.engine import Engine
 from lib.errors import AppError, PromptError, VolumeError
 from lib.provenance import Provenance
-from lib.types import LabelPrediction, Prediction, UserPrompts, Volume
+from lib.types import LabelPrediction, Prediction, UserPrompts, Volume, Window
 
 
 @contextmanager
@@ -104,7 +105,7 @@ class EngineTask(InferTask):
             version=facts.get("version") or "",
             backbone=engine.get("backbone") or "",
             weights_id=engine.get("weights_id") or "",
-            window=window,
+            window=window and replace(window, rest=()),  # a record holds the first channel's
         )
         path = _write(volume, found.mask, wanted, facts["label_names"], record) if wanted.write_file else None
         end = time.perf_counter()
@@ -121,7 +122,7 @@ class EngineTask(InferTask):
             "cache": found.cache,
             "quality": found.quality,
             "axis": "ijk"[found.axis],
-            "window": None if window is None else {"lo": window.lo, "hi": window.hi, "source": window.source.value},
+            "window": window and _told(window),
             "backbone": engine.get("backbone"),
             "weights_id": engine.get("weights_id"),
             "empty": not found.mask.any(),
@@ -130,6 +131,12 @@ class EngineTask(InferTask):
             "warnings": (*volume.warnings, *facts.get("warnings", ())),
         }
         return path, plain(report)
+
+
+def _told(window: Window) -> dict[str, Any]:
+    """A window as JSON; where there are several channels, ``rest`` holds those of the second and later ones."""
+    told = {"lo": window.lo, "hi": window.hi, "source": window.source.value}
+    return {**told, "rest": [_told(other) for other in window.rest]} if window.rest else told
 
 
 def count_prompts(*drawn: UserPrompts) -> int:

@@ -113,7 +113,7 @@ class BatchTask(BatchInferTask):
         """
         if self._in_server():
             raise _refusal("run_sync: expected false, received true, which would hold up everybody else. Leave it out.")
-        _stop_watching(datastore)
+        stop_watching(datastore)
         tag = _checked_tag(request.get("label_tag", DefaultLabelTag.ORIGINAL.value))
         server = Server(f"http://127.0.0.1:{settings.MONAI_LABEL_SERVER_PORT}")
         model = str(request.get("model"))
@@ -179,7 +179,7 @@ def _keeps(datastore: Datastore, image: str, tag: str, model: str, version: str,
     return not made_by_model or (same and not redo)
 
 
-def _stop_watching(datastore: Datastore) -> None:
+def stop_watching(datastore: Datastore) -> None:
     """A second process that watches the store's folder writes old states of its file over the server's."""
     observer = getattr(datastore, "_observer", None)
     if observer is not None:

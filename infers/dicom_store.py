@@ -31,8 +31,7 @@ from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelEr
 
 from infers.base import told
 from infers.pacs import Kept, Pacs
-from infers.request import read_segments
-from lib.data.samples import LabelledCase, labels_of, load_case
+from lib.data.samples import LabelledCase, labels_of, load_case, named_values
 from lib.data.volume import load_volume
 from lib.data.write import write_mask
 from lib.dicom_seg import read_seg, write_seg
@@ -281,7 +280,7 @@ def _read_label(image: Path, label: Path, info: Mapping[str, Any]) -> tuple[np.n
     Raises:
         VolumeError: where it is empty, on another grid, or has values without a name.
     """
-    case = LabelledCase("", image, label, read_segments(info))
+    case = LabelledCase("", image, label, named_values(info))
     names = labels_of([case])
     return load_case(case, names).target, {name: number for number, name in enumerate(names, start=1)}
 

@@ -23,6 +23,8 @@ from lib.types import UserPrompts, Volume
 
 AXES = ("auto", "i", "j", "k")
 SEG = ".dcm"  # the extension of a reply as DICOM SEG
+UNCERTAINTY = ("no", "slices", "map", "levels")
+MAPPED = ("map", "levels")  # the label file is then the uncertainty map
 SAVE = {"no": None, "draft": "original", "final": "final"}  # option to the store's tag
 
 
@@ -55,16 +57,6 @@ def option_table(planar: bool) -> dict[str, Any]:
     return both if planar else {"axis": list(AXES), "propagate": True, **both}
 
 
-def read_segments(info: Mapping[str, Any]) -> dict[int, str]:
-    """Voxel value to name, out of what a client says about a label that it saves: Slicer's ``idx``, others' ``id``."""
-    found: dict[int, str] = {}
-    for entry in info.get("label_info") or []:
-        value = entry.get("idx", entry.get("id")) if isinstance(entry, Mapping) else None
-        if isinstance(value, int) and value > 0 and isinstance(entry.get("name"), str):
-            found[value] = entry["name"]
-    return found
-
-
 def read_options(request: Mapping[str, Any], planar: bool) -> SegmentOptions:
     """The options of a request; everything left out has its default.
 
@@ -80,7 +72,8 @@ def read_options(request: Mapping[str, Any], planar: bool) -> SegmentOptions:
         return SegmentOptions(axis="k", propagate=False, window=window, planar=True)
     axis = _choice(request, "axis", AXES, "auto")
     propagate = _flag(request, "propagate", True)
-    return SegmentOptions(axis=None if axis == "auto" else axis, propagate=propagate, window=window)
+    points = _flag(request, "points", False)
+    return SegmentOptions(axis=None if axis == "auto" else axis, propagate=propagate, window=window, points=points)
 
 
 def in_file_order(prompts: UserPrompts, request: Mapping[str, Any], volume: Volume) -> UserPrompts:
@@ -128,6 +121,25 @@ def read_save(request: Mapping[str, Any]) -> Optional[str]:
     if tag and not (_flag(request, "result_write_to_file", True) and request.get("result_extension") != SEG):
         raise PromptError("save: expected an answer with a label map. Ask for .nrrd or .nii.gz, or set save to no.")
     return tag
+
+
+def read_uncertainty(request: Mapping[str, Any]) -> str:
+    """Whether and how an autonomous answer says how sure it is: one of :data:`UNCERTAINTY`.
+
+    ``slices`` adds numbers to the reply. ``map`` and ``levels`` also make the label file a map: 0..100 percent, for
+    programs, or a few named steps, which viewers show as segments.
+
+    Raises:
+        PromptError: for another value, or a map that would be kept as a label of the image.
+    """
+    wish = _choice(request, "uncertainty", UNCERTAINTY, "no")
+    kept = _choice(request, "save", tuple(SAVE), "no") == "final" or request.get("save_label")
+    if wish in MAPPED and kept:
+        raise PromptError(
+            f"uncertainty: expected no or slices where the answer is kept as a label, received {wish!r}."
+            " Keep the map by save draft, which gives it the tag uncertainty."
+        )
+    return wish
 
 
 def _read_window(value: Any) -> Optional[tuple[float, float]]:

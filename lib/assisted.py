@@ -25,22 +25,25 @@ from lib.cache import Lru
 from lib.config import MethodRow
 from lib.contracts import Features, PromptSet
 from lib.data.geometry import choose_axis, put_slice, slice_size, slice_view, to_slice_rc
-from lib.data.window import choose_window
+from lib.data.window import with_window
 from lib.engine import Engine, SegmentOptions
 from lib.errors import PromptError
 from lib.evaluate import label_maps
 from lib.learned import Answer, Learned, combine
 from lib.prompts.user import SlicePrompts, by_slice, prompt_set
 from lib.propagate import SliceResult
+from lib.proposed import points_by_label
 from lib.timing import Timed
 from lib.transform import SliceTransform
 from lib.types import LabelPrediction, UserPrompts, Volume
+from lib.uncertainty import Uncertainty, entropy_map
 from lib.versions.gate import check_fits
 from lib.versions.record import Version
 from lib.versions.store import VersionStore
 from lib.windows import answers, window_around
 
 KEPT_MB = 512  # of autonomous results
+WINDOWS_MB = 256  # of features around clicked slices, for models that see neighbours
 REACH = 5  # cells of the mask grid across which a change may spread from one slice to the next
 DEFAULTS = SegmentOptions()
 FADED = 0.1  # of the change on the prompted slice: below it a walk ends
@@ -63,12 +66,14 @@ class Automatic:
         masks: ``(D, K, 4h, 4w)`` float16 logits.
         iou: ``(D, K)``.
         obj: ``(D, K)`` objectness logits.
+        points: ``(D, K, P, 3)``, see :class:`lib.learned.Answer`, or None.
     """
 
     mask: np.ndarray
     masks: Tensor
     iou: Tensor
     obj: Tensor
+    points: Tensor | None = None
 
     def nbytes(self) -> int:
         """Size in memory."""
@@ -88,6 +93,7 @@ class AssistedEngine:
     def __init__(self, engine: Engine, row: MethodRow, store: VersionStore, labels: tuple[str, ...]) -> None:
         self.engine, self.row, self.store, self.offered = engine, row, store, labels
         self._kept: Lru[Automatic] = Lru(KEPT_MB << 20, Automatic.nbytes, engine.waiting)
+        self._windows: Lru[Features] = Lru(WINDOWS_MB << 20, Features.nbytes, engine.waiting)
         self._live: tuple[object, Live | None] = (None, None)
         self._loading = threading.Lock()
 
@@ -139,9 +145,7 @@ class AssistedEngine:
         """
         started = time.perf_counter()
         with self.engine.foreground():
-            if options.window is not None:
-                window = choose_window(volume.array, requested=options.window, is_rgb=volume.is_rgb)
-                volume = replace(volume, window=window)
+            volume = with_window(volume, options.window)
             live = self.live()
             _check_known(prompts, self.offered if live is None else live.version.labels)
             found = (
@@ -150,6 +154,33 @@ class AssistedEngine:
                 else _Job(self, live, volume, options).run(prompts)
             )
         return replace(found, latencies_s={**found.latencies_s, "segment": time.perf_counter() - started})
+
+    def doubted(
+        self, volume: Volume, options: SegmentOptions, *, above: float, mapped: bool
+    ) -> tuple[LabelPrediction, Uncertainty]:
+        """The autonomous result and how sure it is, both of the same version.
+
+        Args:
+            volume: from :meth:`Engine.open`.
+            options: axis and window.
+            above: number from which on a slice is listed for review.
+            mapped: whether to draw the map too.
+
+        Raises:
+            PromptError: if no version is live.
+            WeightsError: if weights or the version are missing or wrong.
+        """
+        started = time.perf_counter()
+        with self.engine.foreground():
+            live = self.live()
+            if live is None:
+                raise PromptError(f"No trained version of {self.row.name} is live. Label some images and train first.")
+            job = _Job(self, live, with_window(volume, options.window), options)
+            found = job.run({})
+            with job.timed("uncertainty"), torch.inference_mode():
+                doubt = job.doubt(above, mapped)
+        seconds = {**job.seconds, "segment": time.perf_counter() - started}
+        return replace(found, latencies_s=seconds), doubt
 
     def _plain(self, volume: Volume, prompts: Mapping[str, UserPrompts], options: SegmentOptions) -> LabelPrediction:
         """Every label by itself; where two overlap, the one before in the list keeps the voxel."""
@@ -189,7 +220,7 @@ class _Job(Timed):
     def run(self, prompts: Mapping[str, UserPrompts]) -> LabelPrediction:
         """Autonomous result, and the user's corrections on it."""
         with self.timed("autonomous"), torch.inference_mode():
-            automatic = self.automatic()
+            automatic = self.found = self.automatic()
         with self.timed("assisted"), torch.inference_mode():
             edits = self.edits(automatic, self.corrections(automatic, prompts))
         with self.timed("assemble"), torch.inference_mode():
@@ -212,7 +243,15 @@ class _Job(Timed):
             found.append(answer)
         mask.setflags(write=False)
         masks, iou, obj = (self._by_slice([getattr(a, name) for a in found]) for name in ("masks", "iou", "obj"))
-        return Automatic(mask, masks.half(), iou, obj)
+        points = None if found[0].points is None else self._by_slice([a.points for a in found if a.points is not None])
+        return Automatic(mask, masks.half(), iou, obj, points)
+
+    def doubt(self, above: float, mapped: bool) -> Uncertainty:
+        """Of the autonomous result, once :meth:`run` has found it."""
+        masks, obj = self.found.masks, self.found.obj
+        doubt = Uncertainty.of(masks, obj, self.live.version.labels, above)
+        percent = entropy_map(masks, obj, self.transform, self.volume.shape, self.axis) if mapped else None
+        return replace(doubt, percent=percent)
 
     def features(self, indices: range) -> Features:
         """Of consecutive slices; those that were encoded knowing their neighbours cannot be kept one by one."""
@@ -227,6 +266,19 @@ class _Job(Timed):
             found, sources = self.engine.stack(self.volume, self.axis, indices, backbone, taps)
             self.cache.update(sources)
         return replace(found.to(device, torch.float32), depth=depth)
+
+    def around(self, window: range) -> Features:
+        """Of the slices around a clicked one, kept for the next click: what single slices cannot be is kept as a whole.
+
+        Half precision before its first use too, so that a repeated click gets the identical answer.
+        """
+        if self.model.slices == 1 or not self.model.changes_encoder:
+            return self.features(window)
+        volume, version = self.volume, self.live.version
+        key = (volume.content_hash, self.axis, window, volume.window.key(), version.sha256)
+        kept, there = self.owner._windows.get_or_make(repr(key), lambda: self.features(window).halved())
+        self.cache["window_hits"] += int(there)
+        return replace(kept.to(self.engine.device(), torch.float32), pe=kept.pe)
 
     def _by_slice(self, parts: list[Tensor]) -> Tensor:
         return torch.cat(parts).unflatten(0, (-1, self.model.classes)).cpu()
@@ -302,7 +354,7 @@ class _Job(Timed):
     def ask(self, index: int, number: int, user: PromptSet, *, said: bool) -> Answer:
         """One class on one slice, learned and user prompts in one decoder call; ``said``: the user says it is there."""
         window = window_around(index, self.volume.shape[self.axis], self.model.slices)
-        features, device = self.features(window), self.engine.device()
+        features, device = self.around(window), self.engine.device()
         pair = torch.tensor([(index - window.start) * self.model.classes + number], device=device)
         user = PromptSet(**{k: None if v is None else v.to(device) for k, v in vars(user).items()})
         answer = self.model.corrected(features, self.model.propose(features), user, pair)
@@ -337,9 +389,11 @@ class _Job(Timed):
         }
         presence = {label: {i: float(p) for i, p in enumerate(present[:, n])} for n, label in enumerate(labels)}
         edited = {label: tuple(sorted(i for i, m in edits if m == n)) for n, label in enumerate(labels)}
+        told = automatic.points if self.options.points else None
+        points = {} if told is None else points_by_label(told, labels, self.axis, self.transform)
         return LabelPrediction(
             mask, labels, self.axis, quality, presence, {k: v for k, v in edited.items() if v}, self.live.version.name,
-            self.seconds, dict(self.cache), (), self.volume.window,
+            self.seconds, dict(self.cache), (), self.volume.window, points,
         )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from typing import Any, Optional, TypeVar, Union, get_args, get_origin, get_type
 
 from lib.errors import ConfigError
 from lib.plugins import did_you_mean
+from lib.train_rules import Rules
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "apps" / "autosam_label" / "configs"
 
@@ -148,6 +149,8 @@ class TrainRecipe:
         loss: name of a loss preset of the method.
         augment: ``mild``, or ``paper``: flips and turns of up to 90 degrees too.
         epochs: at most; early stopping ends sooner.
+        minutes: of wall-clock, after which the epoch under way ends with its validation; 0 sets no limit. A run with a
+            limit is not repeatable: how many steps fit depends on the machine.
         steps: optimiser steps per epoch; 0 takes as many as the slices fill batches, at least 20.
         batch: slices per step.
         views: per slice, the original and augmented ones, whose features are kept where the encoder is frozen.
@@ -163,6 +166,7 @@ class TrainRecipe:
     loss: str = "plain"
     augment: str = "mild"
     epochs: int = 30
+    minutes: float = 0.0
     steps: int = 0
     batch: int = 8
     views: int = 6
@@ -251,10 +255,21 @@ class AppSettings:
         labels: names that clients offer for new segments and that training learns; empty: ``object`` is offered, and
             training takes what the saved labels declare.
         models: learned methods that are offered, names of files in ``configs/methods``.
-        train_default: the one of them that OHIF's *Update Model* trains; empty: the first.
+        train_default: the one of them that OHIF's *Update Model* and the schedule train; empty: the first.
+        train_at: when the schedule trains, a time of day or five cron fields; empty: never.
+        train_after: new final labels after which it trains; 0: never.
+        train_min_interval: minutes from one scheduled start to the next at least.
+        train_hours: hours of the day in which it may start one, such as ``20:00-06:00``; empty: always.
+        train_idle: minutes that nobody must have used the server before it starts one.
+        train_minutes: minutes that one may take, as ``minutes`` of a train request; 0: no limit.
         modalities: DICOM modalities that a PACS's images are offered of, such as CT; empty: every image.
         state_dir: folder of trained versions; None means ``.autosam`` inside the studies, or for a DICOMweb address a
             folder of its own in the user's data folder.
+        gate_tolerance: Dice that a class may lose on the validation cases when a new version's mean is better.
+        keep_versions: so many of the newest versions are kept, and of those to roll back to; 0 keeps all.
+        lease_minutes: how long an image that was handed out is offered to nobody else; 0: not at all.
+        score_images: at most so many unlabelled images are scored in the background for active learning; 0: none.
+        score_fetches: images that a PACS is asked for only to score them, from when a client first asks for the next.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``mps``, ``cuda`` or ``cuda:N``.
         weights_dir: folder of checkpoints; None means the user's data folder.
         download: False forbids every download.
@@ -270,8 +285,19 @@ class AppSettings:
     labels: tuple[str, ...]
     models: tuple[str, ...]
     train_default: str
+    train_at: str
+    train_after: int
+    train_min_interval: float
+    train_hours: str
+    train_idle: float
+    train_minutes: float
     modalities: tuple[str, ...]
     state_dir: Optional[Path]
+    gate_tolerance: float
+    keep_versions: int
+    lease_minutes: float
+    score_images: int
+    score_fetches: int
     device: str
     weights_dir: Optional[Path]
     download: bool
@@ -309,6 +335,18 @@ class AppSettings:
         return settings
 
     @property
+    def rules(self) -> Rules:
+        """Of the training schedule."""
+        return Rules(
+            self.train_at,
+            self.train_after,
+            self.train_min_interval,
+            self.train_hours,
+            self.train_idle,
+            self.train_minutes,
+        )
+
+    @property
     def offered(self) -> tuple[str, ...]:
         """Names that clients offer for new segments."""
         return self.labels or ("object",)
@@ -329,6 +367,10 @@ class AppSettings:
             method_row(model)
         if self.train_default and self.train_default not in self.models:
             raise ConfigError(f"train_default: expected one of {list(self.models)}, received {self.train_default!r}.")
+        if not 0 <= self.gate_tolerance <= 1:
+            raise ConfigError(f"gate_tolerance: expected a Dice from 0 to 1, received {self.gate_tolerance}.")
+        if self.rules.enabled and not self.models:
+            raise ConfigError("models: expected one that the schedule can train, received none. Unset train_at/after.")
         if not all(self.labels) or len(set(self.labels)) < len(self.labels):
             raise ConfigError(f"labels: expected different names, separated by commas, received {self.labels!r}.")
         for name, least in (
@@ -336,6 +378,10 @@ class AppSettings:
             ("cache_disk_mb", 0),
             ("volumes_memory_mb", 1),
             ("prefetch_slices", 0),
+            ("keep_versions", 0),
+            ("lease_minutes", 0),
+            ("score_images", 0),
+            ("score_fetches", 0),
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: expected {least} or more, received {getattr(self, name)}.")
@@ -358,9 +404,9 @@ def _from_text(hint: Any, text: str, where: str) -> Any:
     try:
         if hint is bool:
             return SWITCH[text.lower()]
-        if hint is int:
-            return int(text)
+        if hint in (int, float):
+            return hint(text)
     except (KeyError, ValueError):
-        wanted = "true or false" if hint is bool else "a whole number"
+        wanted = "true or false" if hint is bool else KINDS[hint]
         raise ConfigError(f"{where}: expected {wanted}, received {text!r}.") from None
     return tuple(part.strip() for part in text.split(",")) if get_origin(hint) is tuple else text

@@ -47,6 +47,7 @@ class BackboneSpec:
             stock SAM answers it with the single mask.
         pyramid: ``(name, stride, channels)`` of maps available as taps.
         feature_stride: S / h.
+        channels: of the encoder's input: 3, or 2 or 4 where a modality adapter stands before it.
     """
 
     name: str
@@ -69,6 +70,7 @@ class BackboneSpec:
     box_is_ambiguous: bool = False
     pyramid: tuple[tuple[str, int, int], ...] = ()
     feature_stride: int = 16
+    channels: int = 3
 
     @property
     def grid(self) -> int:
@@ -88,7 +90,7 @@ class BackboneSpec:
         """
         picture = _IMAGE.fullmatch(name)
         if picture:
-            return 3, int(picture[1]), int(picture[1])
+            return self.channels, int(picture[1]), int(picture[1])
         found = {tap: (channels, self.input_size // stride) for tap, stride, channels in self.pyramid}
         if name not in found:
             raise ConfigError(f"{self.name}: expected taps out of {list(found)} or image<side>, received {name!r}.")
@@ -129,6 +131,15 @@ class Features:
         high = None if self.high_res is None else tuple(t.to(*args) for t in self.high_res)  # type: ignore[call-overload]
         taps = {k: v.to(*args) for k, v in self.taps.items()}  # type: ignore[call-overload]
         return replace(self, embed=self.embed.to(*args), pe=self.pe.to(*args), high_res=high, taps=taps)  # type: ignore
+
+    def halved(self) -> Features:
+        """Half precision on the CPU, for keeping; not ``pe``, which is the same for all images."""
+        return replace(self.to("cpu", torch.float16), pe=self.pe)
+
+    def nbytes(self) -> int:
+        """Size in memory without ``pe``."""
+        tensors = (self.embed, *(self.high_res or ()), *self.taps.values())
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def row(self, n: int) -> Features:
         """One image of the batch."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Union
+from typing import NamedTuple, Optional, Union
 
 import highdicom as hd
 import numpy as np
@@ -24,7 +24,7 @@ from pydicom.uid import MRImageStorage, SegmentationStorage
 from pydicom.valuerep import DSfloat
 
 from lib.codes import PRIVATE, Code, CodeTable, LabelCode
-from lib.data.dicom import frame_order
+from lib.data.dicom import calibrated_mm, frame_order
 from lib.data.readers import check_size, decoding
 from lib.dicom_grid import Plane, Series, frame_value, located, series_of
 from lib.errors import PromptError, VolumeError
@@ -201,7 +201,7 @@ def _build(series: Series, pixels: np.ndarray, names: list[str], provenance: Pro
     _point_to_sources(seg, series)
     _inherit(seg, series.head)
     if series.positions is None:
-        _unplace(seg)
+        _unplace(seg, calibrated_mm(series.head))
     return seg
 
 
@@ -266,13 +266,20 @@ def _inherit(seg: Dataset, head: Dataset) -> None:
             seg[keyword] = head[keyword]
 
 
-def _unplace(seg: Dataset) -> None:
-    """Takes out the place in space that only the stand-ins had; frames are in order and refer to their sources."""
+def _unplace(seg: Dataset, spacing_mm: Optional[Sequence[float]]) -> None:
+    """Takes out the place in space that only the stand-ins had; frames are in order and refer to their sources.
+
+    The size of a pixel stays where an ultrasound region tells it: OHIF ends with a black page without it.
+    """
     for keyword in ("FrameOfReferenceUID", "PositionReferenceIndicator"):
         if keyword in seg:
             delattr(seg, keyword)
-    for keyword in ("PixelMeasuresSequence", "PlaneOrientationSequence"):
-        delattr(seg.SharedFunctionalGroupsSequence[0], keyword)
+    shared = seg.SharedFunctionalGroupsSequence[0]
+    del shared.PlaneOrientationSequence, shared.PixelMeasuresSequence
+    if spacing_mm:
+        measures = Dataset()
+        measures.PixelSpacing = _decimals(spacing_mm)
+        shared.PixelMeasuresSequence = [measures]
     for item in seg.PerFrameFunctionalGroupsSequence:
         content = item.FrameContentSequence[0]
         content.StackID, content.InStackPositionNumber = "1", content.DimensionIndexValues[1]

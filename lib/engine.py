@@ -32,7 +32,7 @@ from lib.config import AppSettings
 from lib.contracts import Backbone, Features, PromptSet
 from lib.data.geometry import choose_axis, put_slice, slice_of, slice_size
 from lib.data.volume import load_volume
-from lib.data.window import apply_window, choose_window
+from lib.data.window import apply_window, with_window
 from lib.decoder import decode
 from lib.errors import ConfigError, PromptError, VolumeError
 from lib.loading import load_backbone
@@ -52,12 +52,14 @@ class SegmentOptions:
         propagate: True carries the result to neighbouring slices.
         window: intensities ``(lo, hi)`` that replace the volume's own window.
         planar: True segments exactly one slice and refuses prompts on several.
+        points: True tells the points that a learned method proposed.
     """
 
     axis: Optional[str] = None
     propagate: bool = True
     window: Union[str, tuple[float, float], None] = None
     planar: bool = False
+    points: bool = False
 
 
 class Engine:
@@ -160,9 +162,7 @@ class Engine:
         with self._gate.foreground():
             started = time.perf_counter()
             self._background.replace([])  # whatever was guessed before, the user is here now
-            if options.window is not None:
-                window = choose_window(volume.array, requested=options.window, is_rgb=volume.is_rgb)
-                volume = replace(volume, window=window)
+            volume = with_window(volume, options.window)
             job = _Job(self, volume, prompts, options)
             prediction = job.prediction(job.run())
             if self.settings.prefetch:
@@ -246,6 +246,10 @@ class Engine:
         blocks = {path for name, path in backbone.paths.items() if name.startswith("enc.block[") and name.endswith("]")}
         for path in blocks:
             backbone.get_submodule(path).register_forward_pre_hook(lambda *_: gate.pause())
+
+    def worker(self) -> Background:
+        """Another background thread that steps aside for clicks; whoever asked for it closes it."""
+        return Background(self._gate)
 
     def wait_for_background(self, timeout_s: float) -> bool:
         """Waits for the background encoder, for tests and benches; False if it is not done by then."""

@@ -17,6 +17,10 @@ class VolumeError(AppError):
     """An image that cannot be read or segmented: missing, broken, empty, wrong dimension, not finite."""
 
 
+class GridError(VolumeError):
+    """A label that does not lie on its image's grid."""
+
+
 class ConfigError(AppError):
     """A wrong ``--conf`` value, YAML key, or name of a backbone or method."""
 

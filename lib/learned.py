@@ -7,7 +7,7 @@ The backbone is a copy that shares its frozen tensors with the original, so that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Optional
 
 import torch
@@ -17,7 +17,8 @@ from lib.config import MethodRow, from_mapping
 from lib.contracts import Backbone, DecoderOut, Features, PromptSet, Proposal
 from lib.decoder import MAX_PAIRS, decode
 from lib.errors import ConfigError, WeightsError
-from lib.nn.adapters import clone, inject, unshare
+from lib.nn.adapters import clone, decoder_parameters, inject, standard, unshare
+from lib.nn.depth import modality
 from lib.plugins import load as load_plugin
 from lib.prompts.merge import merge
 
@@ -33,11 +34,14 @@ class Answer:
         masks: ``(N, 4h, 4w)`` logits of the mask token that the method reads.
         iou: ``(N,)`` predicted IoU in 0..1.
         obj: ``(N,)`` objectness logits; a pair below 0 is absent.
+        points: ``(N, P, 3)`` x, y in backbone pixels and label (1, 0, -1 for none) of the points that the method
+            proposed, or None where it proposes none.
     """
 
     masks: Tensor
     iou: Tensor
     obj: Tensor
+    points: Optional[Tensor] = None
 
 
 class Learned(nn.Module):
@@ -57,11 +61,13 @@ class Learned(nn.Module):
             raise ConfigError(f"preset: expected one of {list(PRESETS)}, received {preset!r}.")
         plugin = load_plugin("methods", row.module)
         config = from_mapping(plugin.Config, {**row.options, "classes": classes}, f"methods/{row.name}.options")
-        self.preset, self.spec = preset, backbone.spec
+        self.preset = preset
+        self.spec = replace(backbone.spec, channels=taken_channels(config, preset))
         self.backbone: Any = clone(backbone)
+        self.backbone.spec = self.spec
         self.backbone.requires_grad_(False)  # a clone shares parameters, and they are frozen already
         self._trained = self._prepare(plugin, config)
-        self.method: Any = plugin.build(config, backbone.spec)
+        self.method: Any = plugin.build(config, self.spec)
         if hasattr(self.method, "adopt"):
             self.method.adopt(self.backbone)
         self.slices: int = getattr(self.method, "slices", 1)
@@ -74,9 +80,14 @@ class Learned(nn.Module):
         if self.preset == "full":
             names = [n for n, _ in self.backbone.named_parameters()]
             unshare(self.backbone, names)
+            if self.spec.channels != 3:
+                inject(self.backbone, [modality(self.spec.channels)])
         elif self.preset == "adapters":
-            unshare(self.backbone, plugin.decoder_parameters(self.backbone))
-            inject(self.backbone, plugin.injectors(config, self.backbone, decoder=True, encoder=True))
+            unshare(self.backbone, getattr(plugin, "decoder_parameters", decoder_parameters)(self.backbone))
+            own = getattr(plugin, "injectors", None)
+            parts = {"decoder": True, "encoder": True}
+            found = standard(self.backbone, **parts) if own is None else own(config, self.backbone, **parts)
+            inject(self.backbone, found)
         return [n for n, p in self.backbone.named_parameters() if p.requires_grad]
 
     @property
@@ -181,7 +192,9 @@ class Learned(nn.Module):
 
     def autonomous(self, features: Features) -> Answer:
         """Masks of all classes on B images, nobody clicks."""
-        return self.decode(features, self.propose(features), PromptSet(), self._every_pair(features))[1]
+        proposal = self.propose(features)
+        answer = self.decode(features, proposal, PromptSet(), self._every_pair(features))[1]
+        return replace(answer, points=_points(proposal.prompts))
 
     def corrected(self, features: Features, proposal: Optional[Proposal], user: PromptSet, pairs: Tensor) -> Answer:
         """Masks of some pairs with the user's prompts on them.
@@ -203,6 +216,33 @@ class Learned(nn.Module):
         """``(N,)`` image of every pair."""
         images = torch.arange(features.embed.shape[0], device=features.embed.device)
         return images.repeat_interleave(self.classes)
+
+
+def taken_channels(config: Any, preset: str) -> int:
+    """Input channels of the encoder: those of the method's ``Config`` where it has such a field, else three, of which
+    :class:`lib.transform.SliceTransform` makes what an image has. A frozen encoder takes three.
+
+    Raises:
+        ConfigError: for another number than 2, 3 or 4.
+    """
+    channels = getattr(config, "channels", 3)
+    if channels not in (2, 3, 4):
+        raise ConfigError(f"channels: expected 2, 3 (also for grey) or 4, received {channels!r}.")
+    return 3 if preset == "frozen" else channels
+
+
+def fitted(row: MethodRow, channels: int) -> MethodRow:
+    """The method with as many input channels as the images have, where it can have them and its YAML does not say."""
+    known = {field.name for field in fields(load_plugin("methods", row.module).Config)}
+    if "channels" not in known or "channels" in row.options or channels not in (2, 4):
+        return row  # one channel and three go the same way into every encoder
+    return replace(row, options={**row.options, "channels": channels})
+
+
+def _points(prompts: PromptSet) -> Optional[Tensor]:
+    if prompts.points_xy is None or prompts.labels is None:
+        return None
+    return torch.cat([prompts.points_xy, prompts.labels[..., None]], 2).float()
 
 
 def read_token(out: DecoderOut, token: Optional[int]) -> tuple[Tensor, Tensor]:

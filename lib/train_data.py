@@ -28,7 +28,6 @@ from lib.learned import Learned
 from lib.transform import SliceTransform
 
 logger = logging.getLogger(__name__)
-ENCODE_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Slice:
     index: int
 
     def pixels(self) -> np.ndarray:
-        """``(H, W[, 3])`` float in 0..1."""
+        """``(H, W)``, or ``(H, W, M)`` of colour or channels, float in 0..1."""
         return apply_window(slice_of(self.case.volume, self.axis, self.index), self.case.volume.window)
 
     def classes(self) -> np.ndarray:
@@ -100,7 +99,7 @@ class Batches:
         if self._kept:
             return
         places = range(len(self.slices) if self.views else 0)
-        self._kept = [[self._halved(*self._encode([(p, view)])) for view in range(self.views)] for p in places]
+        self._kept = [[self._frozen(p, view) for view in range(self.views)] for p in places]
 
     def batch(self, step: int) -> tuple[Features, Tensor]:
         """Features of B slices and targets ``(B, K, G, G)`` in 0..1."""
@@ -108,11 +107,15 @@ class Batches:
         size = min(max(1, self.recipe.batch // self.depth), len(self.slices))
         places = rng.choice(len(self.slices), size, replace=False)
         views = self._draw_views(size, rng)
-        if self._kept:
-            chosen = [self._kept[p][v] for p, v in zip(places, views)]
-            features = Features.joined([f for f, _ in chosen]).to(self._pe.device, torch.float32)
-            return replace(features, pe=self._pe), torch.cat([t for _, t in chosen]).to(self._pe.device, torch.float32)
-        return self._encode(list(zip(places.tolist(), views)))
+        if self.model.changes_encoder:
+            return self._encode(list(zip(places.tolist(), views)))
+        chosen = [self._frozen(int(p), v) for p, v in zip(places, views)]
+        features = Features.joined([f for f, _ in chosen]).to(self._pe.device, torch.float32)
+        return replace(features, pe=self._pe), torch.cat([t for _, t in chosen]).to(self._pe.device, torch.float32)
+
+    def _frozen(self, place: int, view: int) -> tuple[Features, Tensor]:
+        """What a frozen encoder gives, kept or made in the same way, so that memory changes the time and no result."""
+        return self._kept[place][view] if self._kept else self._halved(*self._encode([(place, view)]))
 
     def _draw_views(self, size: int, rng: np.random.Generator) -> list[int]:
         """Numbers of views, 0 being the original: some of a few, or fresh ones for an encoder that learns."""
@@ -160,8 +163,7 @@ class Batches:
         return 2 * self.depth * (numbers + self.model.classes * spec.mask_size**2)
 
     def _halved(self, features: Features, target: Tensor) -> tuple[Features, Tensor]:
-        # not pe, which is the same for all: it would double what SAM 1 keeps
-        return replace(features.to("cpu", torch.float16), pe=self._pe), target.to("cpu", torch.float16)
+        return replace(features.halved(), pe=self._pe), target.to("cpu", torch.float16)  # one pe for all
 
 
 def targets(classes: np.ndarray, count: int, transform: SliceTransform) -> Tensor:

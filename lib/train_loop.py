@@ -127,8 +127,8 @@ def fit(run: Run, report: Callable[[dict[str, Any]], None] = lambda _: None) -> 
         Metrics of the best epoch on the validation cases; the model holds its tensors.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
+    session = _Session(run, report)  # its clock starts before the features are made
     run.batches.prepare()
-    session = _Session(run, report)
     session.restore()
     session.train()
     return session.finish()
@@ -140,15 +140,17 @@ class _Session:
     def __init__(self, run: Run, report: Callable[[dict[str, Any]], None]) -> None:
         self.run, self.report, recipe = run, report, run.recipe
         self.device = run.batches.model.backbone.grid_encoding().device
+        self.started, self.saved, self.spent, self.checking = time.monotonic(), time.monotonic(), 0.0, 0.0
         torch.manual_seed(recipe.seed)
         self.optimiser = torch.optim.AdamW(run.model.groups(recipe.lr, recipe.backbone_lr, recipe.weight_decay))
         total = recipe.epochs * run.steps
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda s: _cosine(s, total))
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimiser, lambda s: _cosine(s, total, self._time_share())
+        )
         self.amp = self.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp)
         features = encoded(run.model)
         self.features: FeaturesOf = features if run.model.changes_encoder else kept(features)
-        self.started, self.saved, self.spent = time.monotonic(), time.monotonic(), 0.0
         self.best: dict[str, Any] = {}
         self._build()
 
@@ -192,12 +194,12 @@ class _Session:
         self.evaluator.add_event_handler(Events.COMPLETED, lambda: self._end_validation())
         self.evaluator.add_event_handler(Events.COMPLETED, self.stopper)
         self.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: self._after_step())
-        self.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: self.save())
+        self.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: self._after_epoch())
 
     def _step(self, engine: Any, _: Any) -> dict[str, float]:
         run, step = self.run, engine.state.iteration
         run.model.train()
-        run.model.progress = (step - 1) / (run.recipe.epochs * run.steps)
+        run.model.progress = max((step - 1) / (run.recipe.epochs * run.steps), self._time_share())
         torch.manual_seed(run.recipe.seed * 1_000_003 + step)  # dropout too is a function of the step
         with self._autocast():
             features, target = run.batches.batch(step)
@@ -229,9 +231,26 @@ class _Session:
         if time.monotonic() - self.saved > SAVE_S:
             self.save()
         self._tell()
+        if self._time_share() >= 1.0:
+            self.trainer.terminate_epoch()  # MONAI's handler still validates it
+
+    def _after_epoch(self) -> None:
+        self.save()
+        if self._time_share() >= 1.0:
+            self.trainer.terminate()
+
+    def _time_spent(self) -> float:
+        """Seconds of training, those before a kill included."""
+        return self.spent + time.monotonic() - self.started
+
+    def _time_share(self) -> float:
+        """Part of the recipe's minutes that is gone, room for one more validation left; 0 without a limit."""
+        limit_s = 60.0 * self.run.recipe.minutes
+        return (self._time_spent() + self.checking) / limit_s if limit_s else 0.0
 
     def _start_validation(self) -> None:
         self.run.model.eval()
+        self.check_started = time.monotonic()
         self._rows: dict[str, list[float]] = {}
 
     def _validate(self, _: Any, case: TrainingCase) -> list[float]:
@@ -248,21 +267,27 @@ class _Session:
             partial = self.run.folder / f"{BEST}.part"
             save_file(self.run.model.trained(), partial, metadata={"best": json.dumps(self.best)})
             os.replace(partial, self.run.folder / BEST)
+        self.checking = time.monotonic() - self.check_started
         logger.info("epoch %d: validation Dice %.4f", self.trainer.state.epoch, metrics["mean_dice"])
         self._tell(force=True)
 
     def _tell(self, force: bool = False) -> None:
         state = self.trainer.state
         total, done = self.run.recipe.epochs * self.run.steps, state.iteration
-        spent = self.spent + time.monotonic() - self.started
+        spent = self._time_spent()
         entry = {
             "epoch": state.epoch, "total_epochs": self.run.recipe.epochs, "step": done, "total_steps": total,
             "loss": (state.output or {}).get("loss"), "best_metric": self.best.get("mean_dice"), "total_time": spent,
-            "time_left_s": (total - done) * spent / max(1, done),
+            "time_left_s": self._left(total, done, spent),
         }  # fmt: skip
         if force or done % 5 == 0:
             write_json(self.run.folder / PROGRESS, entry)
         self.report(entry)
+
+    def _left(self, total: int, done: int, spent: float) -> float:
+        left = (total - done) * spent / max(1, done)
+        limit_s = 60.0 * self.run.recipe.minutes
+        return min(left, max(0.0, limit_s - spent)) if limit_s else left
 
     def save(self) -> None:
         """The whole state, replaced atomically."""
@@ -270,7 +295,7 @@ class _Session:
             "model": self.run.model.trained(), "optimiser": self.optimiser.state_dict(),
             "scheduler": {"last_epoch": self.scheduler.last_epoch}, "scaler": self.scaler.state_dict(),
             "trainer": dict(self.trainer.state_dict()), "stopper": dict(self.stopper.state_dict()),
-            "spent": self.spent + time.monotonic() - self.started,
+            "spent": self._time_spent(),
         }  # fmt: skip
         partial = self.run.folder / f"{STATE}.part"
         torch.save(state, partial)
@@ -296,7 +321,8 @@ class _Session:
 
     def train(self) -> None:
         """Runs to the end, unless it is there already."""
-        stopped = (self.stopper.counter or 0) >= self.run.recipe.patience
+        patience_gone = (self.stopper.counter or 0) >= self.run.recipe.patience
+        stopped = patience_gone or (self._time_share() >= 1.0 and bool(self.best))
         if self.trainer.state.iteration < self.run.recipe.epochs * self.run.steps and not stopped:
             self.trainer.run()
 
@@ -317,12 +343,16 @@ class _Endless:
             yield {}
 
 
-def _cosine(step: int, total: int) -> float:
-    """From 1 to a tenth, after a short warm-up."""
+def _cosine(step: int, total: int, share: float = 0.0) -> float:
+    """From 1 to a tenth, after a short warm-up; ``share`` of the time is gone, where that is more than of the steps."""
     warm = max(1, min(50, total // 20))
     if step < warm:
-        return (step + 1) / warm
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, step / max(1, total))))
+        return min((step + 1) / warm, _fallen(share))
+    return _fallen(max(share, step / max(1, total)))
+
+
+def _fallen(part: float) -> float:
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, part)))
 
 
 def read_best(folder: Path) -> dict[str, Any]:

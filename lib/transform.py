@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib.contracts import BackboneSpec
+from lib.errors import VolumeError
 
 
 @dataclass(frozen=True)
@@ -50,20 +51,36 @@ class SliceTransform:
         """Network input.
 
         Args:
-            pixels: ``(H, W)`` or ``(H, W, 3)`` float32 in 0..1, RGB.
+            pixels: ``(H, W)``, ``(H, W, 3)`` RGB or three channels, or ``(H, W, M)`` channels, float32 in 0..1. An
+                encoder that takes three gets three as they are and the mean of two or four.
 
         Returns:
-            ``(3, S, S)`` float32, normalised; padding is the mean colour (0 after normalisation).
+            ``(3, S, S)`` or ``(M, S, S)`` float32, normalised; padding is the mean colour (0 after normalisation).
+
+        Raises:
+            VolumeError: if the encoder takes M channels and the image has another number.
         """
-        x = torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
-        x = x.permute(2, 0, 1) if x.ndim == 3 else x.expand(3, -1, -1)
+        x = self._channels(torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32)))
         if self.spec.per_image_minmax:
             x = (x - x.min()) / (x.max() - x.min()).clamp_min(1e-8)
         x = self._resize(x)
-        if self.spec.channel_order == "bgr":
+        mean, std = x.new_tensor(self.spec.mean), x.new_tensor(self.spec.std)
+        if self.spec.channels != 3:  # no colours: every channel is normalised alike
+            mean, std = mean.mean(), std.mean()
+        elif self.spec.channel_order == "bgr":
             x = x.flip(0)
-        x = (x - x.new_tensor(self.spec.mean)[:, None, None]) / x.new_tensor(self.spec.std)[:, None, None]
-        return self._pad(x)
+        return self._pad((x - mean.view(-1, 1, 1)) / std.view(-1, 1, 1))
+
+    def _channels(self, x: Tensor) -> Tensor:
+        x = x.permute(2, 0, 1) if x.ndim == 3 else x[None]
+        if self.spec.channels not in (3, len(x)):
+            raise VolumeError(
+                f"Expected an image with {self.spec.channels} channels, as those that were trained on; received"
+                f" {len(x)}. Add the missing channels along the fourth axis, or train on images like this one."
+            )
+        if len(x) in (3, self.spec.channels):
+            return x
+        return x.mean(0).expand(3, -1, -1) if len(x) > 1 else x.expand(3, -1, -1)
 
     def points_xy(self, points_rc: np.ndarray) -> Tensor:
         """``(P, 2)`` slice pixels (row, column; integers are pixel centres) to ``(P, 2)`` x, y input pixels."""

@@ -119,15 +119,23 @@ class WindowSource(Enum):
 
 @dataclass(frozen=True)
 class Window:
-    """Intensities ``lo..hi`` are mapped linearly to 0..1 and clipped."""
+    """Intensities ``lo..hi`` are mapped linearly to 0..1 and clipped.
+
+    Args:
+        lo: becomes 0.
+        hi: becomes 1.
+        source: where they came from.
+        rest: windows of the second and later channels of a volume that has several.
+    """
 
     lo: float
     hi: float
     source: WindowSource = WindowSource.PERCENTILE
+    rest: tuple[Window, ...] = ()
 
     def key(self) -> str:
         """A string that is equal exactly when the mapping is equal (for cache keys)."""
-        return f"{self.lo!r}:{self.hi!r}"
+        return ";".join([f"{self.lo!r}:{self.hi!r}", *(window.key() for window in self.rest)])
 
 
 @dataclass(frozen=True)
@@ -135,8 +143,9 @@ class Volume:
     """An image on its own grid.
 
     Args:
-        array: ``(I, J, K)`` float32, or ``(I, J, K, 3)`` uint8 for colour; a 2-D image has ``K == 1``. As stored: no
-            reorientation. The first two axes of a PNG/JPEG/TIFF are (column, row), so ``i`` is x in every format.
+        array: ``(I, J, K)`` float32, ``(I, J, K, M)`` float32 with 2 to 4 channels, or ``(I, J, K, 3)`` uint8 for
+            colour; a 2-D image has ``K == 1``. As stored: no reorientation. The first two axes of a PNG/JPEG/TIFF are
+            (column, row), so ``i`` is x in every format.
         affine: ``(4, 4)`` float64, voxel index to RAS millimetres, exactly as the file gives it (for pictures the
             LPS axes, ``diag(-1, -1, 1, 1)``, where ITK and Slicer place them).
         spacing_mm: length of a voxel edge along i, j, k.
@@ -164,7 +173,12 @@ class Volume:
     @property
     def is_rgb(self) -> bool:
         """True where every voxel is a colour."""
-        return self.array.ndim == 4
+        return self.array.ndim == 4 and self.array.dtype == np.uint8
+
+    @property
+    def channels(self) -> int:
+        """M, of measured values per voxel; 1 for grey, and for a colour, which is one picture."""
+        return 1 if self.array.ndim == 3 or self.is_rgb else self.array.shape[3]
 
 
 @dataclass(frozen=True)
@@ -207,6 +221,7 @@ class LabelPrediction:
         cache: hits and misses of this request.
         warnings: sentences for the user.
         window: intensities used.
+        points: that the method proposed, by label and slice index, where they were asked for and it proposes any.
     """
 
     mask: np.ndarray
@@ -220,3 +235,4 @@ class LabelPrediction:
     cache: dict[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     window: Optional[Window] = None
+    points: dict[str, dict[int, tuple[Click, ...]]] = field(default_factory=dict)

@@ -8,6 +8,7 @@ from a window's middle. Thread-safe: no state.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -47,23 +48,45 @@ def answers(model: Learned, count: int, features_of: Callable[[range], Features]
     blended = _blended(model, count, features_of)
     for group in groups:
         pairs = slice(group.start * model.classes, group.stop * model.classes)
-        yield group, Answer(blended.masks[pairs], blended.iou[pairs], blended.obj[pairs])
+        points = None if blended.points is None else blended.points[pairs]
+        yield group, Answer(blended.masks[pairs], blended.iou[pairs], blended.obj[pairs], points)
 
 
 def _blended(model: Learned, count: int, features_of: Callable[[range], Features]) -> Answer:
     classes, side = model.classes, model.spec.mask_size
     total, prob = torch.zeros(count), torch.zeros(count, classes + 1, side, side)
     said = torch.zeros(2, count, classes)
+    points = _Nearest(count)
     for window in windows(count, model.slices):
         answer, place = model.autonomous(features_of(window)), slice(window.start, window.stop)
         weight = fall_off(len(window))
+        points.take(place, weight, answer.points, classes)
         odds = answer.masks.cpu().unflatten(0, (-1, classes))
         total[place] += weight
         prob[place] += weight.view(-1, 1, 1, 1) * torch.cat([torch.zeros_like(odds[:, :1]), odds], 1).softmax(1)
         said[:, place] += weight[:, None] * torch.stack([answer.iou, answer.obj]).cpu().unflatten(1, (-1, classes))
     prob = (prob / total.view(-1, 1, 1, 1)).clamp_min(LEAST).log()
     iou, obj = (said / total[:, None]).flatten(1)
-    return Answer((prob[:, 1:] - prob[:, :1]).flatten(0, 1), iou, obj)
+    return Answer((prob[:, 1:] - prob[:, :1]).flatten(0, 1), iou, obj, points.found)
+
+
+class _Nearest:
+    """The points of every slice from the window in whose middle it is: points have no mean."""
+
+    def __init__(self, count: int) -> None:
+        self.weight = torch.zeros(count)
+        self.found: Optional[Tensor] = None
+
+    def take(self, place: slice, weight: Tensor, points: Optional[Tensor], classes: int) -> None:
+        """Those of one window, ``(D * K, P, 3)``."""
+        if points is None:
+            return
+        if self.found is None:
+            self.found = torch.zeros(len(self.weight) * classes, *points.shape[1:])
+        nearer = weight > self.weight[place]
+        self.weight[place] = torch.maximum(weight, self.weight[place])
+        mine = self.found.unflatten(0, (-1, classes))[place]  # a view
+        mine[nearer] = points.cpu().unflatten(0, (-1, classes))[nearer]
 
 
 def fall_off(depth: int) -> Tensor:

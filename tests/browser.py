@@ -22,6 +22,7 @@ from PIL import Image
 
 LIMIT_MS = 240_000  # software rendering on a machine with other work
 SHOWN_LIMIT_S = 60.0
+FAR = 1000  # pixels between two spots that scale a view
 COLOURED = 6  # difference of channels; the image is grey, a pale overlay on it has 10 and more
 ARGUMENTS = [
     "--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist",
@@ -36,6 +37,7 @@ PROJECT = "(points) => {" + VIEWPORT + """
     const frame = viewport.element.getBoundingClientRect();
     return points.map(point => { const [x, y] = viewport.worldToCanvas(point); return [x + frame.x, y + frame.y]; });
 }"""  # fmt: skip
+UNPROJECT = "(pixels) => {" + VIEWPORT + "return pixels.map(pixel => Array.from(viewport.canvasToWorld(pixel))); }"
 FRAME = "() => {" + VIEWPORT + """
     const {x, y, width, height} = viewport.element.getBoundingClientRect(); return {x, y, width, height};
 }"""  # fmt: skip
@@ -102,8 +104,9 @@ class Grid:
         return ((TO_LPS @ self.affine) @ np.c_[points, np.ones(len(points))].T)[:3].T.tolist()
 
     def voxel(self, world: Any) -> np.ndarray:
-        """LPS mm as a voxel, not rounded."""
-        return (np.linalg.inv(TO_LPS @ self.affine) @ [*world, 1.0])[:3]
+        """LPS mm ``(3,)`` or ``(N, 3)`` as voxels, not rounded."""
+        back = np.linalg.inv(TO_LPS @ self.affine)
+        return np.asarray(world) @ back[:3, :3].T + back[:3, 3]
 
 
 class Ohif:
@@ -160,11 +163,15 @@ class Ohif:
         """A row of the segments of *Point Prompts*."""
         self.tab("Point Prompts").locator("tr.clickable-row", has_text=name).first.click()
 
-    def set_option(self, model: str, key: str, value: str, picture: Optional[Path] = None) -> None:
-        """*Options / Configurations* of an infer task."""
+    def set_option(
+        self, model: str, key: str, value: str, section: str = "infer", picture: Optional[Path] = None
+    ) -> None:
+        """*Options / Configurations* of a task for ``infer`` or ``train``."""
         self.page.click("text=Options / Configurations")
+        self.page.locator("select[name=selectSection]").select_option(section)
         self.page.locator("select[name=selectName]").select_option(model)
-        self.page.locator(f"[id='infer{model}{key}']").select_option(value)
+        cell = self.page.locator(f"[id='{section}{model}{key}']")
+        (cell.select_option if cell.evaluate("cell => cell.tagName") == "SELECT" else cell.fill)(value)
         if picture:
             self.page.screenshot(path=picture)
         self.page.locator("button", has_text="Confirm").last.click()
@@ -172,7 +179,11 @@ class Ohif:
 
     def slice_shown(self, grid: Grid) -> int:
         """k of the slice in the active viewport, which cuts across k."""
-        return round(float(grid.voxel(self.page.evaluate(CAMERA))[2]))
+        return self.middle(grid)[2]
+
+    def middle(self, grid: Grid) -> list[int]:
+        """The voxel in the middle of the active viewport."""
+        return [round(float(v)) for v in grid.voxel(self.page.evaluate(CAMERA))]
 
     def scroll_to(self, grid: Grid, k: int) -> None:
         """Turns the mouse wheel until slice k is shown."""
@@ -222,19 +233,15 @@ class Ohif:
         return found
 
     def overlap(self, grid: Grid, label: np.ndarray, shot: np.ndarray) -> float:
-        """Dice of the coloured pixels of a view and a label ``(I, J, K)`` bool, projected on the slice that is shown.
+        """Dice of the coloured pixels of a view and a label ``(I, J, K)`` bool, cut by the plane that is shown.
 
-        The image is grey, so what is coloured is overlay.
+        The image is grey, so what is coloured is overlay. The plane may lie in any way, also aslant through the slices.
         """
-        k = self.slice_shown(grid)
-        corners = np.array([[0, 0, k], [grid.shape[0] - 1, 0, k], [0, grid.shape[1] - 1, k]])
-        frame, spots = self.page.evaluate(FRAME), np.array(self.page.evaluate(PROJECT, grid.world(corners)))
-        spots -= [frame["x"], frame["y"]]
-        steps = np.c_[(spots[1] - spots[0]) / (grid.shape[0] - 1), (spots[2] - spots[0]) / (grid.shape[1] - 1)]
-        y, x = np.mgrid[: shot.shape[0], : shot.shape[1]] + 0.5
-        i, j = np.rint(np.linalg.solve(steps, np.stack([x.ravel(), y.ravel()]) - spots[0][:, None])).astype(int)
-        inside = (i >= 0) & (i < grid.shape[0]) & (j >= 0) & (j < grid.shape[1])
+        corner, right, down = np.array(self.page.evaluate(UNPROJECT, [[0, 0], [FAR, 0], [0, FAR]]))
+        y, x = (axis.ravel()[:, None] / FAR for axis in np.mgrid[: shot.shape[0], : shot.shape[1]] + 0.5)
+        voxels = np.rint(grid.voxel(corner + x * (right - corner) + y * (down - corner))).astype(int)
+        inside = ((voxels >= 0) & (voxels < grid.shape)).all(1)
         wanted = np.zeros(inside.shape, bool)
-        wanted[inside] = label[i[inside], j[inside], k]
+        wanted[inside] = label[tuple(voxels[inside].T)]
         coloured = (shot.max(2) - shot.min(2) > COLOURED).ravel() & inside
         return 2.0 * (wanted & coloured).sum() / max(1, wanted.sum() + coloured.sum())

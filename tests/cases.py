@@ -40,11 +40,27 @@ def draw(seed: int, shape: tuple[int, int, int] = SHAPE) -> tuple[np.ndarray, np
     return grey.astype(np.float32), classes
 
 
+SIGNS = {2: ((1, -1), (-1, 1)), 4: ((1, 1, -1, -1), (-1, 1, 1, -1))}  # of both classes
+
+
+def draw_channels(seed: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same classes in an image of 2 or 4 channels, ``(I, J, K, M)``, whose mean shows neither: what is bright in
+    one is dark in another. Every channel has a unit of its own."""
+    classes, rng = draw(seed)[1], np.random.default_rng(1000 + seed)
+    grey = 100 + 60 * np.array([(0,) * channels, *SIGNS[channels]])[classes]
+    return ((grey + rng.normal(0, 10, grey.shape)) * 10.0 ** np.arange(channels)).astype(np.float32), classes
+
+
 def write_case(
-    folder: Path, name: str, seed: int, classes: Optional[np.ndarray] = None, spacing: Sequence[float] = (1, 1, 5)
+    folder: Path,
+    name: str,
+    seed: int,
+    classes: Optional[np.ndarray] = None,
+    spacing: Sequence[float] = (1, 1, 5),
+    channels: int = 1,
 ) -> LabelledCase:
     """One case as files, with declared names."""
-    image, own = draw(seed)
+    image, own = draw(seed) if channels == 1 else draw_channels(seed, channels)
     affine = np.diag([*spacing, 1.0])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "labels_in").mkdir(exist_ok=True)

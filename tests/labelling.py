@@ -35,14 +35,14 @@ def save_labels(server: Server, files: Iterable[Path], labels: Sequence[str]) ->
             assert requests.put(url, files=form, timeout=60).ok
 
 
-def start_training(server: Server, **options: Any) -> None:
-    """``POST /train/sam2rad``."""
-    assert requests.post(f"{server.url}/train/sam2rad", json=options, timeout=60).ok
+def start_training(server: Server, *, method: str = "sam2rad", **options: Any) -> None:
+    """``POST /train/{method}``."""
+    assert requests.post(f"{server.url}/train/{method}", json=options, timeout=60).ok
 
 
-def progress(server: Server) -> dict[str, Any]:
+def progress(server: Server, method: str = "sam2rad") -> dict[str, Any]:
     """What clients see of a training."""
-    return server.info()["train_stats"]["sam2rad"]
+    return server.info()["train_stats"][method]
 
 
 def training_status(server: Server) -> str:
@@ -50,16 +50,16 @@ def training_status(server: Server) -> str:
     return requests.get(f"{server.url}/train/", timeout=60).json()["status"]
 
 
-def train(server: Server, **options: Any) -> list[dict[str, Any]]:
+def train(server: Server, *, method: str = "sam2rad", **options: Any) -> list[dict[str, Any]]:
     """Trains to the end; what ``/info/`` showed meanwhile, the last entry being the result."""
-    start_training(server, **options)
+    start_training(server, method=method, **options)
     seen, end = [], time.monotonic() + TRAINING_LIMIT_S
     while time.monotonic() < end:
-        seen.append(progress(server))
+        seen.append(progress(server, method))
         status = training_status(server)
         assert status in ("RUNNING", "DONE", "PENDING"), requests.get(f"{server.url}/train/", timeout=60).text[-3000:]
         if status == "DONE":
-            return [*seen, progress(server)]
+            return [*seen, progress(server, method)]
         time.sleep(2)
     raise AssertionError(f"no end of the training in {TRAINING_LIMIT_S} s")
 

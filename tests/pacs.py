@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +153,21 @@ class Pacs:
         query = {"Level": "Series", "Query": {"SeriesInstanceUID": series}}
         for one in requests.post(f"{self.root}/tools/find", json=query, timeout=60).json():
             requests.delete(f"{self.root}/series/{one}", timeout=60).raise_for_status()
+
+
+def put_label(url: str, image: str, file: Path, names: Mapping[str, int], tag: str = "final") -> requests.Response:
+    """Slicer's *Submit label*.
+
+    Args:
+        url: of MONAI Label's server.
+        image: SeriesInstanceUID.
+        file: a label map.
+        names: value by name.
+        tag: ``final`` or another.
+    """
+    info = [{"name": name, "idx": number} for name, number in names.items()]
+    form = {"label": (file.name, file.read_bytes()), "params": (None, json.dumps({"label_info": info}))}
+    return requests.put(f"{url}/datastore/label", params={"image": image, "tag": tag}, files=form, timeout=120)
 
 
 def why_no_orthanc() -> Optional[str]:

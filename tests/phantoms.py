@@ -71,7 +71,7 @@ def write_unusable(folder: Path) -> None:
     for name, array in (
         ("constant", np.full_like(voxels, 7)),
         ("holes", holes),
-        ("series", np.stack([voxels] * 3, -1)),
+        ("series", np.stack([voxels] * 6, -1)),
     ):
         nib.save(nib.Nifti1Image(array, np.eye(4)), folder / f"{name}.nii.gz")
     (folder / "empty.nii.gz").write_bytes(b"")

@@ -6,6 +6,7 @@ The tests are steps of one session and run in this order; ``--pictures FOLDER`` 
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any, Optional
 import nibabel as nib
 import nrrd
 import numpy as np
+import pydicom
 import pytest
 import requests
 from scipy.ndimage import distance_transform_edt
@@ -22,11 +24,13 @@ from scipy.ndimage import distance_transform_edt
 from lib.data.phantom import make_phantom
 from lib.data.volume import load_volume
 from tests.browser import Grid, Ohif, running_browser, why_no_browser
-from tests.pacs import Pacs, Series, random_version, running_pacs, why_no_orthanc, write_series
+from tests.pacs import Pacs, Series, put_label, random_version, running_pacs, why_no_orthanc, write_series
 from tests.serving import Server, dice, ohif_click, read_mask, running_server, save
 
 LABELS = ("liver", "spleen")
 AFFINE = np.diag([-1.0, -1.0, 3.0, 1.0])
+REAL = "Study2/14-T1post-22014"
+EPOCHS, TRAINING_LIMIT_S = "2", 900.0
 OVERLAP = 0.9  # of coloured pixels with the projected label; outlines are a pixel wider than voxels
 
 pytestmark = pytest.mark.skipif(
@@ -123,7 +127,8 @@ def test_points_segment_and_are_shown_on_the_anatomy(
     mask = read_mask(save(ohif_click(server, "sam", shown.uid, foreground=[spot]), tmp_path / "mask.nrrd"))
     assert ohif.shows(grid, mask > 0, OVERLAP) > OVERLAP
     np.testing.assert_array_equal(ohif.labelmap() > 0, mask > 0)  # the same click: nothing flipped or moved
-    assert dice(mask[:, :, k], shown.truth[:, :, k]) > 0.5
+    found = dice(mask[:, :, k], shown.truth[:, :, k])
+    assert found > 0.58  # 0.616 on slice 11: one click, in the wide window that the series itself names
     ohif.page.wait_for_timeout(5000)  # until the message is gone
     picture("points")
 
@@ -138,6 +143,22 @@ def test_option_keeps_the_result_in_the_pacs(ohif: Ohif, pacs: Pacs, server: Ser
     assert seg.SegmentSequence[0].SegmentAlgorithmType == "SEMIAUTOMATIC"
     assert server.info()["datastore"]["completed"] == 1
     ohif.set_option("sam", "save", "no")
+
+
+def test_points_of_the_2d_task_stay_on_the_slice_that_is_shown(
+    ohif: Ohif, server: Server, shown: Series, grid: Grid, tmp_path: Path
+) -> None:
+    k = ohif.slice_shown(grid)
+    spot = inside(shown.truth, k)
+    ohif.choose_model("Point Prompts", "sam_2d")
+    ohif.choose_label("object")
+    ohif.click(grid, spot)
+    answer = ohif.run("Point Prompts")
+    assert answer.status == 200
+    assert sent(answer)["foreground"] == [spot]
+    mask = read_mask(save(ohif_click(server, "sam_2d", shown.uid, foreground=[spot]), tmp_path / "mask.nrrd"))
+    assert np.flatnonzero(mask.any((0, 1))).tolist() == [k]
+    assert (ohif.labelmap()[mask > 0] > 0).all()
 
 
 def test_interactive_task_of_a_learned_method(
@@ -225,6 +246,80 @@ def test_stored_segmentation_opens_at_its_place(
         ohif.scroll_to(grid, k)
         assert ohif.shows(grid, label, OVERLAP) > OVERLAP
     picture("stored")
+
+
+@pytest.fixture(scope="module")
+def real(data_dir: Path, pacs: Pacs, tmp_path_factory: pytest.TempPathFactory) -> Series:
+    """A patient's head, slices aslant, in the PACS too; nobody has drawn on it."""
+    folder = Path(shutil.copytree(data_dir / "dicom" / REAL, tmp_path_factory.mktemp("real") / "series"))
+    pacs.upload(folder.iterdir())
+    head = pydicom.dcmread(next(folder.iterdir()), stop_before_pixels=True)
+    return Series(head.StudyInstanceUID, head.SeriesInstanceUID, folder, np.zeros(load_volume(folder).shape, bool))
+
+
+def test_points_on_a_real_mr_series(ohif: Ohif, server: Server, real: Series, tmp_path: Path) -> None:
+    volume = load_volume(real.folder)
+    grid = Grid(volume.affine, volume.shape)
+    ohif.open(real.study)
+    ohif.connect()
+    ohif.choose_model("Point Prompts", "sam")
+    ohif.choose_label("object")
+    spot = np.subtract(ohif.middle(grid), [60, 0, 0])  # white matter: so much of it that outlines weigh little
+    ohif.click(grid, spot)
+    answer = ohif.run("Point Prompts")
+    assert answer.status == 200
+    (point,) = sent(answer)["foreground"]
+    assert np.abs(np.subtract(point, spot)).max() <= 3  # the view is not aslant: half a slice beside the spot
+    mask = read_mask(save(ohif_click(server, "sam", real.uid, foreground=[point]), tmp_path / "mask.nrrd"))
+    assert mask[tuple(point)] == 1
+    assert ohif.shows(grid, mask > 0, OVERLAP) > OVERLAP
+    np.testing.assert_array_equal(ohif.labelmap() > 0, mask > 0)
+    ohif.page.screenshot(path=tmp_path / "points.png")
+
+
+def test_autonomous_task_on_a_real_mr_series(ohif: Ohif, server: Server, real: Series, tmp_path: Path) -> None:
+    volume = load_volume(real.folder)
+    grid = Grid(volume.affine, volume.shape)
+    ohif.choose_model("Auto-Segmentation", "sam2rad")
+    assert ohif.run("Auto-Segmentation").status == 200
+    mask = stored(ohif_click(server, "sam2rad", real.uid), tmp_path)
+    assert ohif.shows(grid, mask > 0, OVERLAP) > OVERLAP
+    same_labels(mask, ohif.labelmap())
+    ohif.page.screenshot(path=tmp_path / "autonomous.png")
+
+
+def test_training_from_the_panel_ends_with_a_version_that_answers(
+    ohif: Ohif, server: Server, series: list[Series], shown: Series, grid: Grid, tmp_path: Path
+) -> None:
+    for one in series[1:]:
+        file = tmp_path / f"{one.uid}.nii.gz"
+        nib.save(nib.Nifti1Image(one.label(), load_volume(one.folder).affine), file)
+        assert put_label(server.url, one.uid, file, {"object": 1}).status_code == 200
+    ohif.open(shown.study)
+    ohif.connect()
+    ohif.set_option("sam2rad", "epochs", EPOCHS, section="train")
+    answer = ohif.press("Update Model", "/train/")
+    assert answer.status == 200
+    wait_for_training(server)
+    done = server.info()["train_stats"]["sam2rad"]
+    assert (done.get("version"), done.get("live"), done["total_epochs"]) == ("v0002", True, int(EPOCHS)), done
+    ohif.connect()  # asks for labels and models again
+    ohif.choose_model("Auto-Segmentation", "sam2rad")
+    assert ohif.run("Auto-Segmentation").status == 200
+    mask = stored(ohif_click(server, "sam2rad", shown.uid), tmp_path)
+    found = dice(mask, shown.truth)
+    print(f"Dice {found:.3f} after {EPOCHS} epochs")
+    assert found > 0.7  # 0.759
+    assert ohif.shows(grid, mask > 0, OVERLAP) > OVERLAP
+    ohif.page.screenshot(path=tmp_path / "trained.png")
+
+
+def wait_for_training(server: Server) -> None:
+    """Until none runs."""
+    end = time.monotonic() + TRAINING_LIMIT_S
+    while requests.get(f"{server.url}/train/?check_if_running=true", timeout=60).status_code != 404:
+        assert time.monotonic() < end, "the training does not end"
+        time.sleep(1)
 
 
 FETCH = """async ([url, params]) => {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +17,16 @@ from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelEx
 from infers.dicom_store import DicomStore
 from infers.pacs import Kept, PacsError
 from infers.pacs import Pacs as Remote
+from lib.data.dicom import patient_key
+from lib.data.samples import patient_of, usable_cases
 from lib.data.volume import load_volume
 from lib.dicom_seg import read_seg, write_seg
 from lib.provenance import Kind, Provenance
 from tests.conftest import TILT
-from tests.pacs import Pacs, Series, random_version, running_pacs, write_series
+from tests.pacs import Pacs, Series, put_label, random_version, running_pacs, write_series
 from tests.phantoms import ellipsoid
 from tests.serving import Server, affine_of, dice, ohif_click, post_infer, read_mask, running_server, save
+from trainers.adapt import stored_cases
 
 LABELS = ("big", "small one")
 
@@ -110,13 +112,6 @@ def write_label(store: DicomStore, image: str, voxels: np.ndarray, path: Path, s
     affine[0, 3] += shift
     nib.save(nib.Nifti1Image(voxels.astype(np.uint8), affine), path)
     return str(path)
-
-
-def put_label(server: Server, image: str, file: Path, names: Optional[dict[str, int]], tag: str = "final") -> Any:
-    """Slicer's *Submit label*."""
-    info = [{"name": name, "idx": number} for name, number in (names or {}).items()]
-    form = {"label": (file.name, file.read_bytes()), "params": (None, json.dumps({"label_info": info}))}
-    return requests.put(f"{server.url}/datastore/label", params={"image": image, "tag": tag}, files=form, timeout=120)
 
 
 def test_every_image_is_listed_and_nothing_else(store: DicomStore, series: dict[str, Series]) -> None:
@@ -242,6 +237,21 @@ def test_saving_twice_adds_a_series_and_the_newest_counts(
     assert other.get_label_uri(mr.uid, "final") == "" and other.get_labels_by_image_id(mr.uid) == {}
 
 
+def test_cases_to_train_on_carry_their_patient_and_not_its_name(
+    store: DicomStore, clean: Pacs, series: dict[str, Series], tmp_path: Path
+) -> None:
+    for name in ("mr", "ct"):
+        one = series[name]
+        file = write_label(store, one.uid, one.label(), tmp_path / f"{name}.nii.gz")
+        store.save_label(one.uid, file, "final", {"label_info": [{"name": "liver", "idx": 1}]})
+    cases, left_out = usable_cases(stored_cases(store), ["liver"])
+    assert {c.case: c.patient for c in cases} == {
+        series[name].uid: patient_key(series[name].folder) for name in ("mr", "ct")
+    }
+    assert left_out == [] and len({c.patient for c in cases}) == 2
+    assert all("phantom" not in patient_of(c) and c.case not in patient_of(c) for c in cases)
+
+
 def test_seg_of_another_grid_is_passed_over(
     store: DicomStore, clean: Pacs, series: dict[str, Series], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -344,12 +354,16 @@ def test_answer_as_dicom_seg(
     assert clean.series() == []  # only answered
 
 
-@pytest.mark.parametrize("model, kind", [("sam", "SEMIAUTOMATIC"), ("sam2rad", "AUTOMATIC"), ("sam2rad_edit", None)])
+@pytest.mark.parametrize(
+    "model, kind",
+    [("sam", "SEMIAUTOMATIC"), ("sam_2d", "SEMIAUTOMATIC"), ("sam2rad", "AUTOMATIC"), ("sam2rad_edit", None)],
+)
 def test_answer_is_kept_as_dicom_seg(
     server: Server, clean: Pacs, series: dict[str, Series], tmp_path: Path, model: str, kind: Optional[str]
 ) -> None:
     mr = series["mr"]
-    prompts: dict[str, Any] = {"sam": {"foreground": [mr.centre], "label": "liver"}, "sam2rad": {}}.get(
+    click = {"foreground": [mr.centre], "label": "liver"}
+    prompts: dict[str, Any] = {"sam": click, "sam_2d": click, "sam2rad": {}}.get(
         model, {"big": [mr.centre], "small one": []}
     )
     answer = post_infer(server, model, mr.uid, {**prompts, "save": "final"}, output="json")
@@ -376,20 +390,21 @@ def test_draft_stays_on_the_server(server: Server, clean: Pacs, series: dict[str
 
 def test_slicer_saves_into_the_pacs(server: Server, clean: Pacs, series: dict[str, Series], tmp_path: Path) -> None:
     ct = series["ct"]
+    assert ohif_click(server, "sam", ct.uid, label="spleen", foreground=[ct.centre]).status_code == 200
     affine = load_volume(ct.folder).affine
     nib.save(nib.Nifti1Image(ct.label(), affine), tmp_path / "label.nii.gz")
-    assert put_label(server, ct.uid, tmp_path / "label.nii.gz", {"spleen": 1}).status_code == 200
+    assert put_label(server.url, ct.uid, tmp_path / "label.nii.gz", {"spleen": 1}).status_code == 200
     (seg,) = clean.datasets(clean.series()[0])
     (segment,) = seg.SegmentSequence
     assert (segment.SegmentAlgorithmType, segment.SegmentedPropertyTypeCodeSequence[0].CodeValue) == (
-        "MANUAL",
+        "SEMIAUTOMATIC",  # the model had answered about this image
         "78961009",
     )
     assert server.info()["datastore"]["completed"] == 1
     train = requests.get(f"{server.url}/datastore/", params={"output": "train"}, timeout=60).json()
     assert [ct.uid in one["label"] for one in train] == [True]
     nib.save(nib.Nifti1Image(ct.label() * 0, affine), tmp_path / "empty.nii.gz")
-    answer = put_label(server, ct.uid, tmp_path / "empty.nii.gz", {"spleen": 1})
+    answer = put_label(server.url, ct.uid, tmp_path / "empty.nii.gz", {"spleen": 1})
     assert answer.status_code == 400 and "no labelled voxel" in answer.json()["detail"]
     assert len(clean.series()) == 1
 

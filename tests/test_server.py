@@ -52,7 +52,7 @@ def test_info_offers_the_tasks_to_both_clients(server: Server, backbone: str) ->
     assert info["labels"] == ["object"]
     assert set(info["models"]["sam"]["config"]) == {"axis", "propagate", "window", "ijk", "save"}
     assert info["models"]["sam"]["engine"]["backbone"] == backbone
-    assert set(info["strategies"]) == {"random", "first"}
+    assert list(info["strategies"]) == ["mix", "predicted_dice", "disagreement", "diversity", "random", "first"]
 
 
 # --------------------------------------------------------------------------------------------------------- 3D Slicer

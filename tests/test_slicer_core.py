@@ -19,7 +19,7 @@ import pytest
 
 from infers.prompts import read_prompts
 from infers.request import in_file_order
-from lib.data.samples import LabelledCase, load_case
+from lib.data.samples import LabelledCase, load_case, named_values
 from lib.engine import Engine
 from lib.types import Volume, Window
 from tests.cases import SHAPE, add_version, draw, settings, store_at
@@ -65,6 +65,11 @@ def reversed_k(affine: np.ndarray, depth: int) -> np.ndarray:
 def in_slicer(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """``(I, J, K)`` voxels as Slicer has them in memory: slices of left-handed images in reverse."""
     return array[:, :, ::-1] if np.linalg.det(affine[:3, :3]) < 0 else array
+
+
+def middle_slice(truth: np.ndarray) -> int:
+    """k in the middle of the slices that hold some of it."""
+    return int(np.median(np.flatnonzero(truth.any((0, 1)))))
 
 
 def affine_in_slicer(affine: np.ndarray, depth: int) -> np.ndarray:
@@ -140,7 +145,8 @@ def test_click_on_an_own_image_comes_back_at_its_place(
     module.client.remove_session(module.sample["session_id"])
     mask = module.segment("Leber, links")
     if backbone != "tiny":
-        assert dice(mask, truth) > 0.6
+        assert dice(mask[:, :, middle_slice(truth)], truth[:, :, middle_slice(truth)]) > 0.9
+        assert dice(mask, truth) > 0.6  # 0.638: the walk goes on where this lens of 7 slices has ended
         middle = ras(seen, np.argwhere(mask).mean(0))
         assert np.linalg.norm(np.subtract(middle, ras(affine, np.argwhere(TRUTH).mean(0)))) < 3.0  # mm
 
@@ -203,7 +209,9 @@ def test_roi_of_an_own_image_bounds_the_mask(server: Server, tmp_path: Path, bac
     module.client.remove_session(module.sample["session_id"])
     mask = module.segment("object")
     assert not mask[:, :, ~truth.any((0, 1))].any()
-    assert backbone == "tiny" or dice(mask, truth) > 0.7
+    if backbone != "tiny":
+        assert dice(mask[:, :, middle_slice(truth)], truth[:, :, middle_slice(truth)]) > 0.95
+        assert dice(mask, truth) > 0.72  # 0.753: the last slice but one of each end is found in part
 
 
 # ----------------------------------------------------------------------------------------------------- points: deepgrow
@@ -368,14 +376,12 @@ def test_model_label_kept_by_the_server_is_loaded_with_its_names(learned_server:
 def test_submitted_label_lies_in_the_store_with_names_and_place_and_can_be_trained_on(
     learned_server: Server, tmp_path: Path, image: str, extension: str
 ) -> None:
-    from trainers.adapt import declared
-
     module = opened(learned_server, tmp_path, image, extension)
     module.run("sam2rad")
     module.add_segment("background")
     module.save()
     stored = module.client.datastore()["objects"][module.sample["id"]]["labels"]["final"]
-    assert declared(stored["info"]) == {1: LABELS[0], 2: LABELS[1]}
+    assert named_values(stored["info"]) == {1: LABELS[0], 2: LABELS[1]}
     label = module.load(Path(module.client.download_label(module.sample["id"], "final")))
     np.testing.assert_allclose(matrix_of(label), matrix_of(module.volume), atol=1e-4)
     for number, name in enumerate(LABELS, 1):

@@ -20,22 +20,37 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
 from monailabel.interfaces.tasks.train import TrainTask
 
+from lib.active.calibration import CALIBRATION
+from lib.active.evidence import calibration_pairs
 from lib.config import AppSettings, MethodRow, override
 from lib.contracts import Backbone
-from lib.data.samples import LabelledCase, TrainingCase, labels_of, patient_of, usable_cases
+from lib.data.samples import (
+    LabelledCase,
+    TrainingCase,
+    common_channels,
+    labels_of,
+    named_values,
+    patient_of,
+    usable_cases,
+)
 from lib.data.split import PinnedSplit
 from lib.engine import Engine
 from lib.errors import AppError
 from lib.evaluate import encoded, evaluate
-from lib.learned import PRESETS, Learned
+from lib.learned import PRESETS, Learned, fitted
 from lib.train_data import Batches, all_slices
 from lib.train_loop import BEST, PROGRESS, STATE, Run, fit, write_json
 from lib.versions.gate import beats
 from lib.versions.record import Trained, Version
+from lib.versions.report import keep_comparison, write_report
 from lib.versions.store import VersionStore, open_store
+from lib.worst_cases import keep_worst
 
 logger = logging.getLogger(__name__)
-SHOWN = ("preset", "loss", "augment", "epochs", "batch", "views", "lr", "backbone_lr", "patience", "memory_mb", "seed")
+SHOWN = (
+    "preset", "loss", "augment", "epochs", "minutes", "batch", "views", "lr", "backbone_lr", "patience", "memory_mb",
+    "seed",
+)  # fmt: skip
 
 
 class AdaptTask(TrainTask):
@@ -94,21 +109,8 @@ def stored_cases(datastore: Datastore) -> list[LabelledCase]:
             continue
         info = datastore.get_label_info(label, DefaultLabelTag.FINAL) or {}
         files = datastore.get_image_uri(image), datastore.get_label_uri(label, DefaultLabelTag.FINAL)
-        found.append(LabelledCase(image, Path(files[0]), Path(files[1]), declared(info)))
+        found.append(LabelledCase(image, Path(files[0]), Path(files[1]), named_values(info)))
     return found
-
-
-def declared(info: Mapping[str, Any]) -> dict[int, str]:
-    """Voxel value to name, from what a client saved with a label: ``label_info`` of Slicer, ``label_names`` of ours."""
-    found: dict[int, str] = {}
-    for entry in info.get("label_info") or []:
-        value = entry.get("idx", entry.get("id")) if isinstance(entry, Mapping) else None
-        if isinstance(value, int) and isinstance(entry.get("name"), str):
-            found[value] = entry["name"]
-    names = info.get("label_names")
-    if not found and isinstance(names, Mapping):
-        found = {v: k for k, v in names.items() if isinstance(v, int)}
-    return {value: name for value, name in found.items() if value > 0}
 
 
 class _Training:
@@ -118,10 +120,12 @@ class _Training:
         self, row: MethodRow, settings: AppSettings, store: VersionStore, request: Mapping[str, Any],
         cases: Sequence[LabelledCase],
     ) -> None:  # fmt: skip
-        self.row, self.store = row, store
+        self.store, self.settings = store, settings
         # without cases the next line says what is missing
         self.labels = labels_of(cases, settings.labels) if cases else settings.offered
         self.cases, self.left_out = usable_cases(cases, self.labels)
+        self.channels = common_channels(self.cases)
+        self.row = fitted(row, self.channels)
         self.engine = Engine(replace(settings, prefetch=False))
         self.backbone: Backbone = self.engine.warm()
         recipe = override(row.recipe, request)
@@ -137,8 +141,9 @@ class _Training:
         return "adapters" if self.engine.device().type == "cuda" else "frozen"
 
     def _split(self) -> dict[str, str]:
-        patients = {c.case: patient_of(c.case) for c in self.cases}
-        pinned = PinnedSplit(self.store.folder / "split.json").assign(patients.values())
+        patients = {c.case: patient_of(c) for c in self.cases}
+        former = {c.case: c.patient for c in self.cases if c.patient}  # a series was once taken for a patient
+        pinned = PinnedSplit(self.store.folder / "split.json").assign(patients.values(), former)
         return {case: pinned[patient] for case, patient in patients.items()}
 
     def run(self) -> dict[str, Any]:
@@ -155,7 +160,8 @@ class _Training:
         self._tell(notes)
         work = Run(model, batches, self._of("val"), self.labels, self.recipe, self.folder)
         metrics = fit(work, lambda entry: self._tell({**entry, **notes}))
-        return self._publish(model, metrics)
+        pairs = calibration_pairs(model, self._of("val"), self.labels, metrics["cases"], encoded(model))
+        return self._publish(model, {**metrics, CALIBRATION: pairs})
 
     def _of(self, part: str) -> list[TrainingCase]:
         return [c for c in self.cases if self.parts[c.case] == part]
@@ -183,30 +189,66 @@ class _Training:
             recipe={**asdict(self.recipe), "options": self.row.options}, split=self.parts, metrics=metrics,
             parent=live.name if live else None,
         )  # fmt: skip
-        better, reason = beats(metrics, self._incumbent(live))
+        before = self._incumbent(live)
+        better, reason = beats(metrics, before, tolerance=self.settings.gate_tolerance)
+        gone = [label for label in (live.labels if live else ()) if label not in self.labels]
+        reason += f" No longer a label: {', '.join(gone)}." if gone else ""
         version = self.store.add(model.trained(), trained)
         (self.store.promote if better else self.store.refuse)(version.name, reason)
         logger.info("%s %s: %s", version.name, "is live" if better else "is stored, not live", reason)
         self._archive(version)
         done = {"version": version.name, "live": better, "reason": reason, "dice": metrics["dice"]}
-        self._tell({**_read(self.folder.with_name(version.name) / PROGRESS), **done, "left_out": self.left_out})
+        ended = {**_read(self._run_of(version) / PROGRESS), **done, "left_out": self.left_out}
+        self._tell(ended)
+        done["report"] = self._report(model, version, live, before)
+        self._tell({**ended, **done})
+        self._prune()
         return done
 
+    def _report(
+        self, model: Learned, version: Version, live: Optional[Version], before: Optional[dict[str, Any]]
+    ) -> Optional[str]:
+        """Place of the new version's report in the state folder; None where it failed, which harms nothing else."""
+        run = self._run_of(version)
+        try:
+            keep_comparison(run, live.name if live else None, before)
+            keep_worst(model, self._of("val"), version.metrics, self.labels, run)
+            return write_report(self.store, version.name).relative_to(self.store.folder.parent).as_posix()
+        except Exception as error:  # noqa: BLE001 - drawing may meet anything; the version is stored and decided on
+            logger.warning("The report of %s was not written: %s", version.name, type(error).__name__)
+            return None
+
+    def _prune(self) -> None:
+        if not self.settings.keep_versions:
+            return
+        try:
+            old = self.store.prune(self.settings.keep_versions)
+        except AppError as error:  # what is too much can go next time
+            logger.warning("Old versions were not deleted: %s", error)
+            return
+        if old:
+            logger.info("deleted %s", ", ".join(old))
+
     def _incumbent(self, live: Optional[Version]) -> Optional[dict[str, Any]]:
-        """The live version's scores on today's validation cases; nothing where it fits this backbone no more."""
+        """The live version's scores on today's validation cases; nothing where it fits backbone or images no more."""
         if live is None or live.backbone_digest != self.backbone.weights_id:
             return None
         row = replace(self.row, options=live.recipe.get("options", self.row.options))  # the YAML may have changed
         model = Learned(row, self.backbone, len(live.labels), live.recipe["preset"])
+        if model.spec.channels not in (3, self.channels):
+            return None
         model.restore(self.store.tensors(live))
         model.to(self.engine.device()).eval()
         return evaluate(model, self._of("val"), self.labels, encoded(model), own=live.labels)
+
+    def _run_of(self, version: Version) -> Path:
+        return self.folder.with_name(version.name)
 
     def _archive(self, version: Version) -> None:
         """Curves and progress stay under the version's name; what only resuming needs goes."""
         for name in (STATE, BEST, "fingerprint"):
             (self.folder / name).unlink(missing_ok=True)
-        target = self.folder.with_name(version.name)
+        target = self._run_of(version)
         shutil.rmtree(target, ignore_errors=True)
         self.folder.rename(target)
 

@@ -18,10 +18,9 @@ from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelError, MONAILabelException
 from monailabel.interfaces.tasks.infer_v2 import InferTask
+from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
-from monailabel.tasks.activelearning.first import First
-from monailabel.tasks.activelearning.random import Random
 
 ROOT = str(Path(__file__).resolve().parents[2])
 OURS = ("lib", "infers", "trainers")
@@ -34,14 +33,21 @@ from infers.base import told
 from infers.batch import BatchTask, giving_way
 from infers.dicom_store import DicomStore
 from infers.interactive import SamTask
-from infers.learned import LearnedTask
+from infers.learned import LearnedTask, live_versions
 from infers.pacs import Pacs
+from infers.records import Records
 from infers.request import read_save
+from infers.scoring import AgreementScoring, QualityScoring
+from infers.strategies import Desk
 from lib.assisted import AssistedEngine
 from lib.config import AppSettings, method_row
 from lib.engine import Engine
+from lib.errors import ConfigError
+from lib.versions.report import report_file
 from lib.versions.store import open_store
 from trainers.adapt import AdaptTask
+from trainers.gate import UpstreamGate
+from trainers.schedule import Scheduler
 
 
 class AutoSamLabel(MONAILabelApp):
@@ -60,6 +66,11 @@ class AutoSamLabel(MONAILabelApp):
         self.settings = AppSettings.from_conf(conf)
         self.engine = Engine(self.settings)
         self.versions_dir = self.settings.versions_dir(studies)
+        self._assisted = {name: self._assist(name) for name in self.settings.models}
+        self._records = Records(self.engine.open, lambda: live_versions(self._assisted))
+        trained = self.settings.train_default or next(iter(self.settings.models), "")
+        self._desk = Desk(self._assisted.get(trained), self.settings, self.datastore)
+        self.schedule = Scheduler(self.settings.rules, self.versions_dir, gate=UpstreamGate(self, trained))
         super().__init__(
             app_dir=app_dir,
             studies=studies,
@@ -68,6 +79,43 @@ class AutoSamLabel(MONAILabelApp):
             description="Segmentation with SAM-family models: clicks, boxes, and prompts learned from your labels",
             version="0.2",
         )
+        self._auto_update_scoring = False  # else every next sample would start a process for each scoring method
+
+    def on_init_complete(self) -> None:
+        """Called in the server only: the schedule begins."""
+        super().on_init_complete()
+        self._desk.start()
+        self.schedule.start()
+
+    def on_save_label(self, image_id: str, label_id: str) -> None:
+        """Called for a label of any tag; the schedule looks at the store itself."""
+        self.schedule.saved()
+        self._records.saved(self.datastore(), image_id)
+
+    def describe(self, image_id: str, params: dict[str, Any], user: Optional[str]) -> dict[str, Any]:
+        """How the label came about that a client is about to save: our wrapper of the server puts it into its params.
+
+        A PACS gets it inside the DICOM SEG; :meth:`on_save_label` adds what the person changed.
+        """
+        return self._records.describe(self.datastore(), image_id, params, user).to_json()
+
+    def info(self) -> dict[str, Any]:
+        """Upstream's, and what the schedule decides."""
+        return {**super().info(), "schedule": self.schedule.view()}
+
+    def report(self, method: str, version: str = "") -> Path:
+        """The page about a version of a method, or about the newest.
+
+        Raises:
+            MONAILabelException: where there is none.
+        """
+        try:
+            return report_file(open_store(self.versions_dir, method), version)
+        except ConfigError as error:
+            raise MONAILabelException(MONAILabelError.INVALID_INPUT, str(error)) from error
+
+    def _assist(self, name: str) -> AssistedEngine:
+        return AssistedEngine(self.engine, method_row(name), open_store(self.versions_dir, name), self.settings.offered)
 
     def _init_dicomweb_datastore(self) -> Datastore:
         """Upstream's downloads a tool at start; ours writes DICOM SEG itself."""
@@ -83,7 +131,7 @@ class AutoSamLabel(MONAILabelApp):
             "sam_2d": SamTask(self.engine, labels, 2),
         }
         for name in self.settings.models:
-            assisted = AssistedEngine(self.engine, method_row(name), open_store(self.versions_dir, name), labels)
+            assisted = self._assisted[name]
             tasks |= {name: LearnedTask(assisted, edit=False), f"{name}_edit": LearnedTask(assisted, edit=True)}
         return tasks
 
@@ -96,9 +144,14 @@ class AutoSamLabel(MONAILabelApp):
         """Pre-annotation of the whole store."""
         return BatchTask(lambda: self._server_mode)
 
+    def init_scoring_methods(self) -> dict[str, ScoringMethod]:
+        """How labels agree, and which ones a person should look at."""
+        kinds = (AgreementScoring, QualityScoring)
+        return {k.name: k(self.versions_dir, self.settings.labels, lambda: self._server_mode) for k in kinds}
+
     def init_strategies(self) -> dict[str, Strategy]:
-        """Upstream's two simple ways to choose the next image."""
-        return {"random": Random(), "first": First()}
+        """Ways to choose the next image; the default first."""
+        return self._desk.strategies()
 
     def infer(self, request: dict[str, Any], datastore: Optional[Datastore] = None) -> dict[str, Any]:
         """Upstream's inference on an image of the store, a session or an upload, and on nothing else.
@@ -109,6 +162,7 @@ class AutoSamLabel(MONAILabelApp):
         Raises:
             MONAILabelException: for an unknown image or model, a path outside these places, or a wrong request.
         """
+        self.schedule.used()
         tag = request.get("label_tag", "original")
         if not isinstance(tag, str) or not re.fullmatch(r"\w[\w-]*", tag):
             raise MONAILabelException(
@@ -122,8 +176,10 @@ class AutoSamLabel(MONAILabelApp):
             raise MONAILabelException(
                 MONAILabelError.INVALID_INPUT, "save: expected an image of the datastore, received another."
             )
+        self._records.asked(request)
         with giving_way(self.engine, request):
             result = super().infer({**request, "image": image}, datastore)
+        self._records.answered(request, result, getattr(self._infers[request["model"]], "dimension", 3))
         try:
             if keep_as:
                 self._keep(request, keep_as, result, store)
@@ -135,10 +191,12 @@ class AutoSamLabel(MONAILabelApp):
     def _keep(self, request: dict[str, Any], tag: str, result: dict[str, Any], store: Datastore) -> None:
         """Stores an answer as the image's label and says so in the reply."""
         reply = result["params"]
+        tag = reply.get("file", tag)  # a map of uncertainty is no label of the image
         reply["saved"] = None if reply["empty"] else tag
         if reply["empty"]:
             reply["warnings"].append("Nothing was found, so nothing was saved.")
             return
+        reply["provenance"] = self._records.kept(store, request, reply["provenance"])
         names = [{"name": name, "idx": number} for name, number in reply["label_names"].items()]
         info = {"model": request["model"], "params": reply, "label_info": names, "provenance": reply["provenance"]}
         self.on_save_label(request["image"], store.save_label(request["image"], result["file"], tag, info))

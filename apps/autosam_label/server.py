@@ -2,23 +2,27 @@
 
 Upstream runs an inference inside its event loop, so that one click stalls everybody. Here ``POST /infer/{model}`` is a
 plain function, which FastAPI runs in its thread pool, in front of upstream's route and with the same signature,
-authentication and meaning; DICOM SEG comes from our own writer. ``POST /train/`` starts one training and not all.
-Errors become JSON with a ``detail`` that both clients show, in place of a bare 500. Upstream's log lines that name
-images are switched off. Imports nothing of ours, so that ``/reload`` can replace our packages under it; the server
-works without this file, only less well.
+authentication and meaning; DICOM SEG comes from our own writer. ``POST /train/`` starts one training and not all;
+``/schedule`` shows, pauses and resumes the training schedule; ``/versions`` and ``/quality`` hand out reports; a label
+that is saved gets the record of how it came about. Errors become JSON with a ``detail`` that both clients show, in
+place of a bare 500. Upstream's log lines that name images are switched off.
+Imports nothing of ours, so that ``/reload`` can replace our packages under it; the server works without this file,
+only less well.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from typing import Any, Optional
+import re
+from typing import Any, Literal, Optional
 
 from fastapi import Depends, File, Form, HTTPException, Request, UploadFile
 from fastapi.background import BackgroundTasks
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
 from monailabel.app import app
 from monailabel.config import settings
+from monailabel.endpoints.datastore import save_label
 from monailabel.endpoints.infer import ResultType, run_inference
 from monailabel.endpoints.train import run_model
 from monailabel.endpoints.user.auth import RBAC, User
@@ -30,8 +34,18 @@ from monailabel.interfaces.exception import (
 )
 from monailabel.interfaces.utils.app import app_instance
 
-for _name in ("monailabel.endpoints.infer", "monailabel.datastore.utils.dicom", "dicomweb_client"):
+for _name in (
+    "monailabel.endpoints.infer", "monailabel.endpoints.datastore", "monailabel.datastore.local",
+    "monailabel.datastore.utils.dicom", "dicomweb_client",
+):  # fmt: skip
     logging.getLogger(_name).setLevel(logging.WARNING)
+
+_upstream = len(app.router.routes)
+PAGE_HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 @app.post("/infer/{model}")
@@ -74,17 +88,22 @@ def _with_extension(params: str, extension: str) -> str:
 
 
 def _check_params(params: str, output: Optional[ResultType]) -> None:
+    values = _object(params)
+    if output == ResultType.image and values.get("result_write_to_file") is False:
+        raise HTTPException(400, "result_write_to_file: expected true with output=image, received false. Ask for json.")
+    for key in ("image", "model", "session"):
+        if key in values:
+            raise HTTPException(400, f"params: {key!r} belongs into the address of the request, not into params.")
+
+
+def _object(params: str) -> dict[str, Any]:
     try:
         values = json.loads(params or "{}")
     except ValueError:
         raise HTTPException(400, "params: expected a JSON object, received text that is not JSON.") from None
     if not isinstance(values, dict):
         raise HTTPException(400, f"params: expected a JSON object, received a {type(values).__name__}.")
-    if output == ResultType.image and values.get("result_write_to_file") is False:
-        raise HTTPException(400, "result_write_to_file: expected true with output=image, received false. Ask for json.")
-    for key in ("image", "model", "session"):
-        if key in values:
-            raise HTTPException(400, f"params: {key!r} belongs into the address of the request, not into params.")
+    return values
 
 
 @app.exception_handler(MONAILabelException)
@@ -106,4 +125,70 @@ def train(params: Optional[dict] = None, user: User = Depends(RBAC(settings.MONA
     return {trainers[0]: {"result": run_model(trainers[0], (params or {}).get(trainers[0])), "detail": None}}
 
 
-app.router.routes[:0] = [app.router.routes.pop() for _ in (infer, train)]  # the first match wins
+@app.get("/schedule", tags=["Schedule"], summary="What is due, what it waits for, and the last decisions")
+def schedule(user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))) -> Any:
+    """The same as under ``schedule`` in ``/info/``."""
+    return _schedule().view()
+
+
+@app.post("/schedule/{command}", tags=["Schedule"], summary="Start nothing more, or go on")
+def switch_schedule(
+    command: Literal["pause", "resume"], user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))
+) -> Any:
+    """Holds over a restart. A training that runs goes on; ``DELETE /train/`` stops it."""
+    _schedule().pause(command == "pause")
+    return _schedule().view()
+
+
+def _schedule() -> Any:
+    found = getattr(app_instance(), "schedule", None)
+    if found is None:
+        raise HTTPException(404, "This app has no training schedule.")
+    return found
+
+
+@app.get("/versions/{method}/report.html", tags=["Versions"], summary="Report of a version, else of the newest")
+def report(
+    method: str, version: str = "", user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))
+) -> FileResponse:
+    """A page with case names and images, kept by no cache; no script could run in it."""
+    find = getattr(app_instance(), "report", None)
+    if find is None:
+        raise HTTPException(404, "This app writes no reports.")
+    return FileResponse(find(method, version), media_type="text/html", headers=PAGE_HEADERS)
+
+
+@app.put("/datastore/label", include_in_schema=False)
+def save(
+    background_tasks: BackgroundTasks,
+    image: str,
+    params: str = Form("{}"),
+    tag: str = "final",
+    label: UploadFile = File(...),
+    user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR)),
+) -> Any:
+    """Upstream's way to save a label in a thread, with the record of how it came about, which no client may bring."""
+    if not re.fullmatch(r"\w[\w-]*", tag):
+        raise HTTPException(400, "tag: expected letters, digits and dashes, such as final.")
+    values = {key: value for key, value in _object(params).items() if key != "provenance"}
+    describe = getattr(app_instance(), "describe", None)
+    if describe is not None:
+        values["provenance"] = describe(image, values, user.username if settings.MONAI_LABEL_AUTH_ENABLE else None)
+    return save_label(background_tasks, image, json.dumps(values), tag, label, user.username)
+
+
+@app.get("/quality/{name}", tags=["Scoring"], summary="Work list, or agreement with the model, of the last scoring")
+def quality(
+    name: Literal["quality", "agreement"],
+    output: Literal["html", "json"] = "html",
+    user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER)),
+) -> FileResponse:
+    """What ``POST /scoring/NAME`` found last; it names cases and is kept by no cache."""
+    folder = getattr(app_instance(), "versions_dir", None)
+    if folder is None or not (folder / f"{name}.{output}").is_file():
+        raise HTTPException(404, f"Nothing was looked at yet: POST /scoring/{name} first, and wait until it is done.")
+    return FileResponse(folder / f"{name}.{output}", headers=PAGE_HEADERS)
+
+
+# the first match wins
+app.router.routes[:] = [*app.router.routes[_upstream:], *app.router.routes[:_upstream]]

@@ -1,12 +1,15 @@
 """One DICOM series per folder: classic slices, enhanced multi-frame, cine, grey or colour, compressed or not.
 
 Frame: as stored, i along a row, j down the columns, k along the slice normal (:mod:`lib.data.frames`); affine to RAS
-millimetres. Thread-safe: no state. No tag that names a patient is read with the geometry, and messages quote no tag
-that may identify one. Left out: display functions beyond a window (VOI LUT, sigmoid), overlays, time series.
+millimetres. Thread-safe: no state. No tag that names a patient is read with the geometry, :func:`patient_key` hands one
+out as a hash alone, and messages quote no tag that may identify one. Left out: display functions beyond a window (VOI
+LUT, sigmoid), overlays, time series.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -56,6 +59,9 @@ UNMARKED_COLOUR = (
     "1.2.840.10008.1.2.4.81",
 )
 REGION_2D, UNIT_CM = 1, 3  # PS3.3 C.8.5.5
+OWNERS = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID")
+# What anonymisation writes for everybody; as a patient it would make one of a whole archive.
+NOBODY = re.compile(r"[\W_0x]*|anon(ymous|ymi[sz]ed)?|unknown|unk|none|n/?a|removed|de-?identified")
 
 
 def read_series(folder: Path) -> StoredImage:
@@ -109,6 +115,30 @@ def placed_files(folder: Path) -> list[Path]:
         VolumeError: as :func:`frame_order`.
     """
     return list(dict.fromkeys(path for path, _ in frame_order(folder)))
+
+
+def patient_key(folder: Path) -> str:
+    """Whose series this is: equal for all series of one patient, and no identifier.
+
+    A SHA-256 of PatientID in small letters; where that is missing or a placeholder such as ``ANONYMOUS``, of the study,
+    else of the series. It keeps the identifier out of files, but who knows a PatientID can compute its hash.
+
+    Args:
+        folder: as :func:`read_series` takes it.
+
+    Raises:
+        VolumeError: for a folder without a file that can be read as DICOM.
+    """
+    import pydicom
+
+    with decoding("DICOM"):
+        path = next(_dicom_paths(folder), None)
+        head: Any = {} if path is None else pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(OWNERS))
+        known = {tag: str(head.get(tag) or "").strip().casefold() for tag in OWNERS}
+    for tag, value in known.items():
+        if value and not (tag == "PatientID" and NOBODY.fullmatch(value)):
+            return f"dicom:{hashlib.sha256(f'{tag}:{value}'.encode()).hexdigest()[:32]}"
+    raise VolumeError("Expected a DICOM series; received files without identifiers. Export the series again.")
 
 
 def has_dicom(folder: Path) -> bool:
@@ -190,7 +220,7 @@ def _frame(path: Path, number: int, head: Any, groups: Sequence[Any]) -> Frame:
         orientation=_numbers(tag("ImageOrientationPatient")),
         position=_numbers(tag("ImagePositionPatient")),
         thickness_mm=abs(float(tag("SpacingBetweenSlices") or tag("SliceThickness") or 1.0)),
-        calibrated_mm=_calibration(head),
+        calibrated_mm=calibrated_mm(head),
         slope=slope,
         intercept=intercept,
         window=_first_pair(tag("WindowCenter"), tag("WindowWidth")),
@@ -215,8 +245,8 @@ def _first_pair(centre: Any, width: Any) -> Optional[tuple[float, float]]:
     return float(np.atleast_1d(centre)[0]), float(np.atleast_1d(width)[0])
 
 
-def _calibration(head: Any) -> Optional[tuple[float, ...]]:
-    """Distance of rows and columns where no patient coordinates say it: the largest 2-D ultrasound region's."""
+def calibrated_mm(head: Any) -> Optional[tuple[float, ...]]:
+    """Distance of rows and columns where no patient coordinates say it: of the largest 2-D ultrasound region."""
 
     def area(region: Any) -> float:
         width = abs(region.RegionLocationMaxX1 - region.RegionLocationMinX0)

@@ -72,17 +72,11 @@ def slice_size(shape: Index, axis: int) -> tuple[int, int]:
     return shape[row_axis], shape[column_axis]
 
 
-def pixel_spacing(spacing_mm: tuple[float, float, float], axis: int) -> tuple[float, float]:
-    """Millimetres from one row to the next and from one column to the next."""
-    row_axis, column_axis = rows_columns(axis)
-    return spacing_mm[row_axis], spacing_mm[column_axis]
-
-
 def slice_of(volume: Volume, axis: int, index: int) -> np.ndarray:
     """One slice of a volume, a view in the convention of this module.
 
     Returns:
-        ``(H, W)`` float32, or ``(H, W, 3)`` uint8 for colour.
+        ``(H, W)`` float32, ``(H, W, M)`` float32 for channels, or ``(H, W, 3)`` uint8 for colour.
 
     Raises:
         PromptError: if the volume has no such slice.
@@ -91,7 +85,7 @@ def slice_of(volume: Volume, axis: int, index: int) -> np.ndarray:
 
 
 def slice_view(array: np.ndarray, axis: int, index: int) -> np.ndarray:
-    """:func:`slice_of` for any ``(I, J, K)`` or ``(I, J, K, 3)`` array, such as a mask; writing to it writes through.
+    """:func:`slice_of` for any ``(I, J, K)`` or ``(I, J, K, M)`` array, such as a mask; writing to it writes through.
 
     Raises:
         PromptError: if the array has no such slice.

@@ -6,6 +6,7 @@ state. Messages never quote a file name or header text, which may identify a pat
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from lib.types import Index
 # instance number and takes slice distances from z alone. Each would lose the exact affine or Slicer's axis order.
 
 MAX_VOXELS = 2**30  # 4 GiB as float32
+MAX_CHANNELS = 4
 # ITK, and with it Slicer, places pictures and unplaced volumes on the LPS axes.
 LPS_AXES = (-1.0, -1.0, 1.0)
 NRRD_SIGNS = {
@@ -48,7 +50,7 @@ class StoredImage:
     """What a reader hands back.
 
     Args:
-        array: ``(I, J, K)`` float32, or ``(I, J, K, 3)`` uint8 for colour.
+        array: ``(I, J, K)`` float32, ``(I, J, K, M)`` float32 for channels, or ``(I, J, K, 3)`` uint8 for colour.
         affine: ``(4, 4)`` float64, voxel index to RAS millimetres.
         header: for the writer, see :class:`lib.types.Volume`.
         dicom_window: centre and width, as the tags give them.
@@ -74,7 +76,10 @@ def suffix_of(path: Path) -> str:
 
 
 def read_nifti(path: Path) -> StoredImage:
-    """NIfTI-1 or -2 with up to three axes (more if they hold one element), scaled by its slope and intercept.
+    """NIfTI-1 or -2 of one volume, or of 2 to 4 channels along the fourth axis, scaled by its slope and intercept.
+
+    Further axes may hold one element, and NIfTI's vectors have their channels along the fifth. What four volumes in a
+    row mean no header says reliably, so up to four are channels, such as MR sequences, and more are a time series.
 
     Raises:
         VolumeError: for a broken file, more axes, colour or complex voxels.
@@ -82,7 +87,7 @@ def read_nifti(path: Path) -> StoredImage:
     """
     with decoding("NIfTI"):
         image = _open_nifti(path)
-        shape = _three_axes(image.shape)
+        shape = _with_channels(image.shape)
         dtype = image.get_data_dtype()
         if dtype.kind not in "iuf":
             raise VolumeError(
@@ -207,6 +212,16 @@ def lps_grid(spacing_mm: np.ndarray) -> np.ndarray:
     return np.diag([*(spacing_mm * LPS_AXES), 1.0])
 
 
+def _with_channels(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """``(I, J, K)``, or ``(I, J, K, M)`` where there are 2 to 4 channels."""
+    sizes = [n for axis, n in enumerate(shape) if axis < 3 or n != 1]
+    channels = sizes[3:]
+    if len(channels) != 1 or not 1 < channels[0] <= MAX_CHANNELS:
+        return _three_axes(shape)
+    check_size((*sizes[:3], channels[0]))
+    return tuple(sizes)
+
+
 def _three_axes(shape: tuple[int, ...], at_least: int = 2) -> Index:
     """The stored shape as (I, J, K); trailing axes of one element carry nothing."""
     sizes = list(shape)
@@ -214,20 +229,21 @@ def _three_axes(shape: tuple[int, ...], at_least: int = 2) -> Index:
         sizes.pop()
     if not at_least <= len(sizes) <= 3 or min(sizes) < 1:
         raise VolumeError(
-            f"Expected one volume of 3 axes; received shape {tuple(shape)}. Split time points or channels into files."
+            f"Expected one volume of 3 axes, in NIfTI also 2 to {MAX_CHANNELS} channels along a fourth; received shape"
+            f" {tuple(shape)}. Split time points, or further channels, into files."
         )
     sizes += [1] * (3 - len(sizes))
     check_size((sizes[0], sizes[1], sizes[2]))
     return sizes[0], sizes[1], sizes[2]
 
 
-def check_size(shape: Index) -> None:
-    """Accepts a shape before its voxels are decoded.
+def check_size(shape: tuple[int, ...]) -> None:
+    """Accepts a shape, channels included, before its voxels are decoded.
 
     Raises:
         CapacityError: beyond :data:`MAX_VOXELS`.
     """
-    voxels = shape[0] * shape[1] * shape[2]
+    voxels = math.prod(shape)
     if voxels > MAX_VOXELS:
         raise CapacityError(
             f"Expected at most {MAX_VOXELS} voxels; received {voxels} ({shape}). Crop or resample the image."

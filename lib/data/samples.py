@@ -9,15 +9,17 @@ Messages name a case by its place in the list and never by its identifier. Left 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Union
 
 import numpy as np
 
+from lib.data.dicom import patient_key
 from lib.data.readers import StoredImage, suffix_of
-from lib.data.volume import READERS, load_volume
-from lib.errors import CapacityError, ConfigError, VolumeError
+from lib.data.volume import READERS, load_volume, series_folder
+from lib.errors import CapacityError, ConfigError, GridError, VolumeError
 from lib.types import Volume
 
 # ``patient001_frame01`` belongs to ``patient001``
@@ -56,24 +58,28 @@ class TrainingCase:
         case: identifier in the store.
         volume: the image.
         target: ``(I, J, K)`` uint8, read-only: 0 background, else place in the list of labels, from 1.
+        patient: whose image it is, where the image itself says so, as DICOM does.
     """
 
     case: str
     volume: Volume
     target: np.ndarray
+    patient: str = ""
 
 
-def patient_of(case: str, group: str = PATIENT_PATTERN) -> str:
+def patient_of(case: Union[str, TrainingCase], group: str = PATIENT_PATTERN) -> str:
     """Whose image a case is, so that images of one patient are never on both sides of a split.
 
     Args:
-        case: identifier in the store.
-        group: regular expression matched at the start of ``case``. The patient is its first group, or the whole match
-            where it has no group. A case that does not match, or only with an empty text, is its own patient.
+        case: identifier in the store, or the case itself, whose ``patient`` counts if it has one.
+        group: regular expression matched at the start of the identifier. The patient is its first group, or the whole
+            match where it has no group. A case that does not match, or only with an empty text, is its own patient.
 
     Raises:
         ConfigError: for a pattern that is no regular expression.
     """
+    if not isinstance(case, str):
+        return case.patient or patient_of(case.case, group)
     try:
         match = re.match(group, case)
     except re.error as error:
@@ -81,6 +87,20 @@ def patient_of(case: str, group: str = PATIENT_PATTERN) -> str:
             f"group: expected a regular expression such as {PATIENT_PATTERN!r}; received {group!r} ({error.msg})."
         ) from None
     return (match.group(1 if match.re.groups else 0) or case) if match else case
+
+
+def named_values(info: Mapping[str, Any]) -> dict[int, str]:
+    """Voxel value to name, out of what was saved with a label: ``label_info``, Slicer's with ``idx``, others' with
+    ``id``; else ``label_names`` of our own replies."""
+    found: dict[int, str] = {}
+    for entry in info.get("label_info") or []:
+        value = entry.get("idx", entry.get("id")) if isinstance(entry, Mapping) else None
+        if isinstance(value, int) and isinstance(entry.get("name"), str):
+            found[value] = entry["name"]
+    names = info.get("label_names")
+    if not found and isinstance(names, Mapping):
+        found = {value: name for name, value in names.items() if isinstance(value, int)}
+    return {value: name for value, name in found.items() if value > 0}
 
 
 def labels_of(cases: Sequence[LabelledCase], configured: Sequence[str] = ()) -> tuple[str, ...]:
@@ -157,8 +177,7 @@ def load_case(case: LabelledCase, labels: Sequence[str]) -> TrainingCase:
         CapacityError: for a file that does not fit the memory.
     """
     volume = load_volume(case.image)
-    stored = _on_grid(volume, _read_label(case.label))
-    voxels, found = _values(stored)
+    voxels, found = read_label(volume, case.label)
     numbers = _numbers(case, labels, found)
     if not numbers:
         raise VolumeError("Expected a label with a structure; the file carries no labelled voxel. Label it or drop it.")
@@ -166,7 +185,19 @@ def load_case(case: LabelledCase, labels: Sequence[str]) -> TrainingCase:
     lookup[list(numbers)] = list(numbers.values())
     target = lookup[voxels]
     target.setflags(write=False)
-    return TrainingCase(case.case, volume, target)
+    folder = series_folder(case.image)
+    return TrainingCase(case.case, volume, target, patient_key(folder) if folder else "")
+
+
+def read_label(volume: Volume, path: Path) -> tuple[np.ndarray, list[int]]:
+    """The voxels of a label file, ``(I, J, K)`` uint16 on the image's grid, and the values above 0 that occur.
+
+    Raises:
+        GridError: for a label on another grid.
+        VolumeError: for a label that cannot be read, or with fractions.
+        CapacityError: for a file that does not fit the memory.
+    """
+    return _values(_on_grid(volume, _read_label(path)))
 
 
 def usable_cases(
@@ -192,7 +223,7 @@ def usable_cases(
             usable.append(load_case(case, labels))
         except (VolumeError, CapacityError) as error:
             left_out.append(f"Case {number} of {len(cases)} is left out: {error}")
-    patients = len({patient_of(case.case, group) for case in usable})
+    patients = len({patient_of(case, group) for case in usable})
     if patients >= PATIENTS_NEEDED:
         return usable, left_out
     reasons = left_out[:REASONS_SHOWN]
@@ -208,6 +239,27 @@ def usable_cases(
             ]
         )
     )
+
+
+def common_channels(cases: Sequence[TrainingCase]) -> int:
+    """Channels of the images, all alike; a colour picture counts as one.
+
+    Raises:
+        ConfigError: for images with different numbers of channels.
+    """
+    found = sorted({case.volume.channels for case in cases})
+    if len(found) > 1:
+        counts = [sum(case.volume.channels == n for case in cases) for n in found]
+        raise ConfigError(
+            f"Expected labelled images with one number of channels; received {_listed(counts, found)}. A model would"
+            " mistake one kind for the other: keep them in stores of their own."
+        )
+    return found[0]
+
+
+def _listed(counts: Sequence[int], channels: Sequence[int]) -> str:
+    parts = [f"{n} with {m} channel{'' if m == 1 else 's'}" for n, m in zip(counts, channels)]
+    return " and ".join([", ".join(parts[:-1]), parts[-1]])
 
 
 def training_slices(case: TrainingCase, axis: int) -> list[int]:
@@ -245,7 +297,9 @@ def _read_label(path: Path) -> StoredImage:
     except (VolumeError, CapacityError) as error:
         raise type(error)(f"The label file: {error}") from None
     if stored.array.ndim != 3:
-        raise VolumeError("Expected one label number per voxel; received colours. Save the label in grey values.")
+        raise VolumeError(
+            "Expected one label number per voxel; received colours or channels. Save one grey value per voxel."
+        )
     return stored
 
 
@@ -274,7 +328,7 @@ def _away_mm(volume: Volume, label: StoredImage) -> float:
 def _check_grid(volume: Volume, label: StoredImage) -> None:
     shape = label.array.shape
     if shape != volume.shape:
-        raise VolumeError(
+        raise GridError(
             f"Expected the label on its image's grid {volume.shape}; received {shape}."
             " Save the label on this image, or resample it."
         )
@@ -282,7 +336,7 @@ def _check_grid(volume: Volume, label: StoredImage) -> None:
         return
     distance = _away_mm(volume, label)
     if not distance <= GRID_TOLERANCE * min(volume.spacing_mm):
-        raise VolumeError(
+        raise GridError(
             f"Expected the label on its image's grid; received the same shape {distance:.3g} mm away, turned or"
             " stretched. Save the label on this image, or resample it."
         )

@@ -12,9 +12,10 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 from lib.errors import ConfigError
 
@@ -43,11 +44,16 @@ class PinnedSplit:
     path: Path
     val: float = 0.2
 
-    def assign(self, patients: Iterable[str]) -> dict[str, str]:
+    def assign(self, patients: Iterable[str], former: Optional[Mapping[str, str]] = None) -> dict[str, str]:
         """The part of each patient, ``train`` or ``val``; new ones are decided and stored, known ones never change.
 
         A new patient validates where the salted SHA-256 of its name, as a fraction of its range, lies below ``val``.
         Where that leaves the given patients without one of the parts, the new one nearest to it by hash takes it.
+
+        Args:
+            patients: at least two.
+            former: patient by a name that the file may still have instead, such as that of one of the patient's series.
+                The patient takes its part, ``train`` where several disagree: a version was trained on some of it.
 
         Raises:
             ConfigError: for fewer than two patients, patients that were all pinned to one part, or a broken file.
@@ -58,7 +64,8 @@ class PinnedSplit:
                 "Expected at least 2 patients, one to train on and one to validate;"
                 f" received {len(given)}. Label a case of another patient."
             )
-        stored = self._read()
+        before = self._read()
+        stored = _renamed(before, former or {})
         new = [p for p in given if p not in stored]
         parts = {p: stored[p] for p in given if p in stored}
         most = max(1, round(1.5 * self.val * len(given)))  # or five labels could be four to validate and one to learn
@@ -75,7 +82,7 @@ class PinnedSplit:
                 f"Expected patients to train on and to validate; none of the {len(given)} given is pinned to"
                 f" {missing[0]!r}. Restore the labels of one that is, or label a new patient."
             )
-        if new:
+        if new or stored != before:
             self._write({**stored, **parts})
         return parts
 
@@ -157,6 +164,16 @@ def acdc_split(names: Iterable[str]) -> dict[str, list[str]]:
         "adapt": [c for c in cases if _patient(c) not in test],
         "test": [c for c in cases if _patient(c) in test],
     }
+
+
+def _renamed(stored: Mapping[str, str], former: Mapping[str, str]) -> dict[str, str]:
+    """The pinned parts with patients in place of their former names; a patient that is pinned itself stays."""
+    parts = dict(stored)
+    for name, patient in former.items():
+        part = parts.pop(name, None)
+        if part is not None and patient not in stored:
+            parts[patient] = "train" if "train" in (part, parts.get(patient)) else "val"
+    return parts
 
 
 def _fraction(name: str) -> float:

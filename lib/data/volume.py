@@ -2,7 +2,7 @@
 
 Frame: the array is as stored, indexed (i, j, k) like 3D Slicer's IJK; the affine maps voxel indices to RAS millimetres
 and is the file's own, never rounded or reoriented. Thread-safe: no state. Left out (refused with a reason): time
-series, colour NIfTI and NRRD, and DICOM slices that are no regular stack (:mod:`lib.data.frames`).
+series, colour NIfTI and NRRD, channels in NRRD, and DICOM slices that are no regular stack (:mod:`lib.data.frames`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def load_volume(path: Union[str, Path], window_request: WindowRequest = None) ->
     image = _read(Path(path))
     _check_voxels(image.array)
     spacing_mm = _spacing(image.affine)
-    is_rgb = image.array.ndim == 4
+    is_rgb = image.array.ndim == 4 and image.array.dtype == np.uint8
     window = choose_window(
         image.array,
         image.dicom_window,
@@ -125,14 +125,20 @@ def _read_copied(copy: Path, folder: Path) -> StoredImage:
     return replace(image, warnings=(*image.warnings, f"The DICOM series beside this file was not used. {reason}"))
 
 
-def _check_voxels(array: np.ndarray) -> None:
+def _check_voxels(array: np.ndarray, part: str = "") -> None:
+    if array.ndim == 4 and array.dtype != np.uint8:
+        for channel in range(array.shape[3]):
+            _check_voxels(array[..., channel], f" of channel {channel + 1}")
+        return
     lo, hi = array.min(), array.max()  # NaN and infinity both surface here, in one pass without a copy
     if not (np.isfinite(lo) and np.isfinite(hi)):
         raise VolumeError(
             "Expected finite voxels; received NaN or infinity (also from overflow). Replace them and save again."
         )
     if lo == hi:
-        raise VolumeError(f"Expected an image with contrast; every voxel is {lo:g}. Check the export of this image.")
+        raise VolumeError(
+            f"Expected an image with contrast; every voxel{part} is {lo:g}. Check the export of this image."
+        )
 
 
 def _spacing(affine: np.ndarray) -> tuple[float, float, float]:

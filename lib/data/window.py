@@ -6,13 +6,14 @@ valid. Pure functions, thread-safe and deterministic: equal voxels give an equal
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import gcd, isfinite
 from typing import Optional, Union
 
 import numpy as np
 
 from lib.errors import PromptError
-from lib.types import Window, WindowSource
+from lib.types import Volume, Window, WindowSource
 
 WindowRequest = Union[str, tuple[float, float], None]
 
@@ -41,10 +42,12 @@ def choose_window(
     """The window of a volume: request, DICOM tags, modality preset, 0..255 for 8-bit pictures, else percentiles.
 
     Args:
-        array: ``(I, J, K)`` float32 finite voxels, or ``(I, J, K, 3)`` uint8.
+        array: ``(I, J, K)`` float32 finite voxels, ``(I, J, K, 3)`` uint8, or ``(I, J, K, M)`` float32, whose channels
+            get a window each.
         dicom_window: centre and width as the DICOM tags give them; unusable pairs are passed over.
         modality: DICOM modality; None where the file has no tags.
         requested: ``(lo, hi)`` in voxel values, or a name of :data:`PRESETS`; ignored for colour, which has no window.
+            Of several channels it is the first one's: the others have units of their own.
         is_rgb: every voxel is a colour.
         native_uint8: grey values come from an 8-bit picture.
 
@@ -53,6 +56,10 @@ def choose_window(
     """
     if is_rgb:
         return Window(0.0, 255.0, WindowSource.NATIVE)
+    if array.ndim == 4:
+        first, *others = (array[..., channel] for channel in range(array.shape[3]))
+        rest = tuple(choose_window(other, None, modality) for other in others)
+        return replace(choose_window(first, dicom_window, modality, requested=requested), rest=rest)
     if requested is not None:
         return Window(*_requested(requested), WindowSource.REQUEST)
     if dicom_window is not None and (limits := _linear_limits(*dicom_window)):
@@ -67,18 +74,33 @@ def choose_window(
     return Window(*_percentiles(sample, array), WindowSource.PERCENTILE)
 
 
+def with_window(volume: Volume, requested: WindowRequest) -> Volume:
+    """The volume under a user's window, as :func:`choose_window` takes it; None leaves it as it is.
+
+    Raises:
+        PromptError: as :func:`choose_window`.
+    """
+    if requested is None or volume.is_rgb:
+        return volume
+    return replace(volume, window=Window(*_requested(requested), WindowSource.REQUEST, volume.window.rest))
+
+
 def apply_window(pixels: np.ndarray, window: Window) -> np.ndarray:
     """Maps a slice to what the backbone's transform expects.
 
     Args:
-        pixels: ``(H, W)`` grey, or ``(H, W, 3)`` uint8, which is divided by 255 whatever the window.
+        pixels: ``(H, W)`` grey, ``(H, W, M)`` float32 channels, or ``(H, W, 3)`` uint8, which is divided by 255
+            whatever the window.
         window: the volume's window.
 
     Returns:
         float32 in 0..1, same shape, a new array.
     """
-    if pixels.ndim == 3:
+    if pixels.ndim == 3 and pixels.dtype == np.uint8:
         return pixels.astype(np.float32) / np.float32(255)
+    if pixels.ndim == 3:
+        each = (replace(window, rest=()), *window.rest)
+        return np.stack([apply_window(pixels[..., channel], own) for channel, own in enumerate(each)], -1)
     scaled = (pixels.astype(np.float32) - np.float32(window.lo)) / np.float32(window.hi - window.lo)
     return np.clip(scaled, 0, 1, out=scaled)
 

@@ -111,6 +111,21 @@ def test_app_lists_tasks_and_trainers_and_hides_autonomous_until_a_version_is_li
     assert app.infer(click(model="sam2rad"))["params"]["version"] == "v0001"
 
 
+def test_app_scores_when_asked_and_not_by_itself(load, monkeypatch) -> None:
+    app = load()
+    assert set(app.info()["scoring"]) == {"agreement", "quality"}
+    monkeypatch.setattr(app, "async_scoring", lambda _: 1 / 0)  # upstream's default: at every next sample
+    assert app.next_sample({"strategy": "first"})["id"] == "case"
+
+
+def test_infer_kept_answer_says_who_wished_it(load, studies: Path) -> None:
+    app = load()
+    reply = app.infer(click(save="draft", client_id="anna", result_write_to_file=True))["params"]
+    record = app.datastore().get_label_info("case", "original")["provenance"]
+    assert (record["user"], record["declared"], record["saved"]) == ("anna", True, False)
+    assert record["seconds_spent"] >= 0 and record == reply["provenance"]
+
+
 def test_app_asked_about_training_writes_nothing(load, studies: Path) -> None:
     load().info()
     assert not (studies / ".autosam").exists()

@@ -47,7 +47,7 @@ def test_info_without_a_version(assisted: AssistedEngine) -> None:
     info = edit.info()
     assert (info["labels"], info["version_live"], info["dimension"]) == ({"object": 1}, None, 3)
     assert set(info["config"]) == {"axis", "propagate", "ijk", "window", "save"}
-    assert set(alone.info()["config"]) == {"axis", "window", "save"}
+    assert set(alone.info()["config"]) == {"axis", "window", "save", "uncertainty"}
     json.dumps(info, allow_nan=False)
 
 
@@ -79,6 +79,51 @@ def test_autonomous_reply(assisted: AssistedEngine, promote, image: str) -> None
     assert facts["cache"] == {"misses": 6, "automatic_hits": 0}
     assert (facts["backbone"], facts["weights_id"]) == ("tiny", "random-0")
     json.dumps(facts, allow_nan=False)
+
+
+def test_uncertainty_of_slices_on_request(assisted: AssistedEngine, promote, image: str) -> None:
+    promote()
+    task, request = tasks(assisted)[0], {"image": image, "result_write_to_file": False}
+    plain = task(request)[1]
+    assert "uncertainty" not in plain and "review" not in plain
+    facts = task({**request, "uncertainty": "slices"})[1]
+    assert facts["cache"]["automatic_hits"] == 1
+    assert {k: facts[k] for k in ("quality", "presence", "label_names")} == {
+        k: plain[k] for k in ("quality", "presence", "label_names")
+    }
+    assert set(facts["uncertainty"]) == set(LABELS)
+    for label, rows in facts["uncertainty"].items():
+        assert list(rows) == [str(k) for k in range(6)] and all(0 <= doubt <= 1 for doubt in rows.values())
+        assert facts["review"].get(label, []) == [int(k) for k, doubt in rows.items() if doubt > 0.3]
+    assert facts["review"]  # a model of some seconds of training is not sure
+    assert facts["latencies"]["uncertainty"] >= 0
+    json.dumps(facts, allow_nan=False)
+
+
+def test_uncertainty_map_is_the_label_file_and_costs_no_second_run(assisted, promote, image: str) -> None:
+    promote()
+    task = tasks(assisted)[0]
+    found = assisted.segment(assisted.engine.open(image), {}).mask
+    maps = {}
+    for wish in ("map", "levels"):
+        path, facts = task({"image": image, "result_extension": ".nii.gz", "uncertainty": wish})
+        stored = nib.load(path)
+        maps[wish] = np.asarray(stored.dataobj)
+        Path(path).unlink()
+        assert facts["cache"]["automatic_hits"] == 1 and facts["file"] == "uncertainty"
+        assert np.array_equal(stored.affine, nib.load(image).affine) and maps[wish].shape == found.shape
+    assert maps["map"].dtype == np.uint8 and 25 < maps["map"].max() <= 100
+    assert facts["label_names"] == {"uncertain 25 to 50 %": 1, "uncertain 50 to 75 %": 2, "uncertain 75 to 100 %": 3}
+    assert np.array_equal(maps["levels"] == 3, maps["map"] >= 75)
+    edge = (found != np.roll(found, 1, 0)) | (found != np.roll(found, 1, 1))
+    assert maps["map"][edge].mean() > 2 * maps["map"][~edge].mean()  # uncertain where labels end
+    assert np.array_equal(assisted.segment(assisted.engine.open(image), {}).mask, found)
+
+
+def test_task_with_prompts_pays_no_heed_to_uncertainty(assisted, promote, image: str) -> None:
+    promote()
+    facts = tasks(assisted)[1]({"image": image, "result_write_to_file": False, "uncertainty": "map"})[1]
+    assert "uncertainty" not in facts and facts["label_names"] == {"big": 1, "small one": 2}
 
 
 def test_edit_reply(assisted: AssistedEngine, promote, image: str) -> None:
@@ -122,6 +167,10 @@ ERRORS = [
     (1, True, {"big": [[99, 0, 0]]}, "big.*expected a voxel inside", "INVALID_INPUT"),
     (1, True, {"label": "liver", "foreground": [[1, 1, 1]]}, "expected one of the labels", "INVALID_INPUT"),
     (0, True, {"axis": "z"}, "axis: expected one of", "INVALID_INPUT"),
+    (0, True, {"uncertainty": "maps"}, "uncertainty: expected one of.*Did you mean 'map'", "INVALID_INPUT"),
+    (0, True, {"uncertainty": "map", "save": "final"}, "Keep the map by save draft", "INVALID_INPUT"),
+    (0, True, {"uncertainty": "levels", "save_label": True}, "Keep the map by save draft", "INVALID_INPUT"),
+    (0, False, {"uncertainty": "slices"}, r"No trained version of sam2rad is live", "INVALID_INPUT"),
     (0, True, {"image": "/nowhere/x.nii.gz"}, "cannot be found", "INVALID_INPUT"),
 ]
 

@@ -28,6 +28,9 @@ GOOD = [
     ({"backbone": "tiny"}, "backbone", "tiny"),
     ({"cache_dir": "~/c"}, "cache_dir", Path.home() / "c"),
     ({"weights_dir": "/w"}, "weights_dir", Path("/w")),
+    ({}, "gate_tolerance", 0.02),
+    ({"gate_tolerance": " 0.1 "}, "gate_tolerance", 0.1),
+    ({"keep_versions": "0"}, "keep_versions", 0),
 ]
 
 
@@ -48,6 +51,10 @@ BAD = [
     ({"cache_disk_mb": "-1"}, "cache_disk_mb: expected 0 or more"),
     ({"volumes_memory_mb": "0"}, "volumes_memory_mb: expected 1 or more"),
     ({"device": "gpu"}, "device: expected auto, cpu, mps, cuda or cuda:N, received 'gpu'"),
+    ({"gate_tolerance": "much"}, "--conf gate_tolerance: expected a number, received 'much'"),
+    ({"gate_tolerance": "-0.1"}, "gate_tolerance: expected a Dice from 0 to 1, received -0.1"),
+    ({"gate_tolerance": "nan"}, "gate_tolerance: expected a Dice from 0 to 1"),
+    ({"keep_versions": "-1"}, "keep_versions: expected 0 or more, received -1"),
     ({"labels": "liver,,spleen"}, "labels: expected different names, separated by commas"),
     ({"labels": "liver, liver"}, "labels: expected different names"),
 ]

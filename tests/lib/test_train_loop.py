@@ -127,6 +127,28 @@ def test_fit_finished_run_is_not_trained_again(make, tmp_path: Path) -> None:
     assert same(first.model.trained(), again.model.trained())
 
 
+def test_fit_ends_when_the_minutes_are_over(make, tmp_path: Path, monkeypatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(train_loop.time, "monotonic", lambda: clock[0])
+    seen: list[dict[str, Any]] = []
+
+    def second_per_step(entry: dict[str, Any]) -> None:
+        if not seen or entry["step"] > seen[-1]["step"]:
+            clock[0] += 1.0
+        seen.append(entry)
+
+    run = make(tmp_path, epochs=50, steps=4, minutes=0.1)
+    best = fit(run, second_per_step)
+    assert seen[-1]["step"] == 6, "six seconds at a second a step, in the middle of the second epoch"
+    assert 1 <= best["epoch"] <= 2
+    assert seen[0]["time_left_s"] <= 6.0
+    state = torch.load(tmp_path / STATE, weights_only=True)
+    assert state["optimiser"]["param_groups"][0]["lr"] < 0.2 * run.recipe.lr, "the rate has fallen with the time"
+    again: list[dict[str, Any]] = []
+    assert fit(make(tmp_path, epochs=50, steps=4, minutes=0.1), again.append) == best
+    assert again == [], "a resumed run has no time left"
+
+
 @pytest.fixture
 def scores(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Dice of the epochs to come, taken from the front."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from lib.config import backbone_names, backbone_row, from_mapping
 from lib.contracts import BackboneSpec
+from lib.errors import VolumeError
 from lib.transform import SliceTransform
 
 NAMES = backbone_names()
@@ -160,3 +163,34 @@ def test_medsam_is_rescaled_per_image_without_mean_and_std() -> None:
 
 def test_pad_br_keeps_one_row_of_an_extreme_slice() -> None:
     assert SliceTransform(spec_of("sam_vit_b"), (1, 5000)).inner == (1, 1024)
+
+
+@pytest.mark.parametrize("name", ["compact", "sam_vit_b", "medsam"])
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_channels_become_three_for_an_encoder_that_takes_three(name, channels) -> None:
+    pixels = np.random.default_rng(0).random((61, 63, channels), np.float32)
+    transform = SliceTransform(spec_of(name), (61, 63))
+    expected = pixels if channels == 3 else pixels.mean(2)
+    assert torch.allclose(transform.image(pixels), transform.image(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_channels_stay_for_an_encoder_that_takes_them(name) -> None:
+    spec = spec_of(name)
+    transform = SliceTransform(replace(spec, channels=4), (61, 63))
+    pixels = np.random.default_rng(0).random((61, 63, 4), np.float32)
+    found = transform.image(pixels)
+    assert found.shape == (4, spec.input_size, spec.input_size)
+    mean, std = np.mean(spec.mean), np.mean(spec.std)
+    for channel in range(4):  # each as a grey picture of a backbone with the same mean and deviation thrice
+        alike = replace(spec, mean=(mean,) * 3, std=(std,) * 3, per_image_minmax=False)
+        if not spec.per_image_minmax:
+            alone = SliceTransform(alike, (61, 63)).image(pixels[..., channel])
+            assert torch.allclose(found[channel], alone[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, (8, 9)), (3, (8, 9, 3)), (2, (8, 9, 2))])
+def test_other_channels_than_the_encoder_takes_are_refused(channels, size) -> None:
+    transform = SliceTransform(replace(spec_of("tiny"), channels=4), (8, 9))
+    with pytest.raises(VolumeError, match=f"image with 4 channels, as those .*; received {channels}. Add"):
+        transform.image(np.zeros(size, np.float32))

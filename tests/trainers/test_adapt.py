@@ -20,8 +20,10 @@ from lib.evaluate import evaluate
 from lib.learned import Learned
 from lib.versions.store import VersionStore
 from tests.cases import LABELS, ROW, draw, settings, store_at, write_case
+from tests.dicom_files import save as save_series
+from tests.dicom_files import series
 from trainers import adapt
-from trainers.adapt import AdaptTask, declared, stored_cases
+from trainers.adapt import AdaptTask, stored_cases
 
 SHORT = {"preset": "frozen", "epochs": 1, "steps": 2, "batch": 4, "views": 1, "client_id": "someone"}
 INFO = {"label_info": [{"name": name, "idx": n} for n, name in enumerate(LABELS, 1)], "model": "sam2rad_edit"}
@@ -93,25 +95,6 @@ def test_stored_cases_are_images_with_a_final_label(world: World) -> None:
     assert [c.case for c in found] == ["c0", "c1"]
     assert all(c.image.is_file() and c.label.parent.name == "final" for c in found)
     assert found[0].values == dict(enumerate(LABELS, 1))
-
-
-DECLARED = [
-    ({}, {}),
-    ({"label_info": None, "label_names": None}, {}),
-    ({"label_info": [{"name": "liver", "idx": 1}, {"name": "spleen", "idx": 2}]}, {1: "liver", 2: "spleen"}),
-    ({"label_info": [{"name": "liver", "id": 3}]}, {3: "liver"}),
-    ({"label_info": [{"name": "background", "idx": 0}, {"name": "liver", "idx": 1}]}, {1: "liver"}),
-    ({"label_info": [{"idx": 1}, {"name": "x"}, {"name": "liver", "idx": "1"}, "liver", None]}, {}),
-    ({"label_names": {"liver": 1, "spleen": 2}}, {1: "liver", 2: "spleen"}),
-    ({"label_names": {"background": 0, "liver": 1, "odd": "2"}}, {1: "liver"}),
-    ({"label_names": ["liver"]}, {}),
-    ({"label_info": [{"name": "drawn", "idx": 1}], "label_names": {"proposed": 1, "other": 2}}, {1: "drawn"}),
-]
-
-
-@pytest.mark.parametrize(("info", "expected"), DECLARED)
-def test_declared_table(info: dict[str, Any], expected: dict[int, str]) -> None:
-    assert declared(info) == expected
 
 
 def test_config_offers_the_default_first(world: World) -> None:
@@ -229,6 +212,24 @@ def test_loss_that_is_no_number_reaches_the_client(world: World, monkeypatch) ->
     assert world.files() == {}
 
 
+def test_series_of_one_patient_are_never_on_both_sides(world: World) -> None:
+    """Six patients of two series each, whose identifier the split does not keep."""
+    patients = {f"c{n}": f"patient-{n // 2}" for n in range(12)}
+    for n, (case, patient) in enumerate(patients.items()):
+        world.add(case, n)
+        save_series(world.studies / case, series(PatientID=patient))
+    world.train(steps=1)
+    (version,) = world.versions.list()
+    parts = {
+        patient: {version.split[case] for case in patients if patients[case] == patient}
+        for patient in patients.values()
+    }
+    assert len(version.split) == 12 and all(len(part) == 1 for part in parts.values())
+    assert set.union(*parts.values()) == {"train", "val"}
+    stored = (world.versions.folder / "split.json").read_text()
+    assert len(json.loads(stored)["patients"]) == 6 and "patient-" not in stored
+
+
 # what goes live
 
 
@@ -239,6 +240,8 @@ def test_first_version_that_learned_something_goes_live(world: World) -> None:
     assert (live.labels, live.backbone, live.backbone_digest) == (LABELS, "tiny", "random-0")
     assert live.mean_dice is not None and live.mean_dice > 0.1
     assert set(live.split.values()) == {"train", "val"} and len(live.split) == 4
+    pairs = live.metrics["calibration"]  # raw quality and Dice, no case names
+    assert set(pairs) == set(LABELS) and {len(p) for p in pairs.values()} == {len(live.metrics["cases"])}
     assert live.recipe["preset"] == "full" and live.recipe["options"] == ROW.options
     stats = world.task.stats()
     keys = {"epoch", "total_epochs", "best_metric", "total_time", "version", "live", "reason", "left_out"}
@@ -247,7 +250,8 @@ def test_first_version_that_learned_something_goes_live(world: World) -> None:
     json.dumps(stats, allow_nan=False)
     runs = world.versions.folder / "runs"
     assert [p.name for p in runs.iterdir()] == ["v0001"]
-    assert {p.name for p in (runs / "v0001").iterdir()} == {"progress.json", "tensorboard"}
+    kept = {"progress.json", "tensorboard", "comparison.json", "worst.json", "worst-1.png"}
+    assert {p.name for p in (runs / "v0001").iterdir()} == kept
 
 
 def test_progress_is_shown_while_it_trains(world: World, monkeypatch) -> None:

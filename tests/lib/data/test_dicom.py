@@ -7,7 +7,7 @@ import pytest
 from pydicom.encaps import encapsulate
 from pydicom.uid import CTImageStorage
 
-from lib.data.dicom import frame_order, placed_files
+from lib.data.dicom import frame_order, patient_key, placed_files
 from lib.data.volume import load_volume
 from lib.errors import PromptError, VolumeError
 from lib.types import WindowSource
@@ -254,3 +254,54 @@ def test_real_dicom_series_agree_with_itk(data_dir, folder, shape, spacing_mm):
     assert volume.window.source is WindowSource.DICOM
     assert np.array_equal(sitk.GetArrayFromImage(image).T, volume.array)
     assert np.allclose(volume.affine[:3, :3], direction * [[-1], [-1], [1]], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("other", "is_same"),
+    [
+        ({}, True),
+        ({"PatientID": "  doe-17 ", "StudyInstanceUID": "1.9"}, True),
+        ({"PatientName": "ROE^JANE"}, True),
+        ({"PatientID": "DOE-18"}, False),
+        ({"PatientID": None}, False),
+    ],
+)
+def test_patient_key_is_one_for_all_series_of_a_patient(tmp_path, other, is_same):
+    first = save(tmp_path / "a", series(PatientID="DOE-17", StudyInstanceUID="1.2"))
+    second = save(tmp_path / "b", series(**{"PatientID": "DOE-17", "StudyInstanceUID": "1.2", **other}))
+    assert (patient_key(first) == patient_key(second)) is is_same
+    assert "doe" not in patient_key(first).lower()
+
+
+@pytest.mark.parametrize(
+    "nobody", [None, "", " ", "ANONYMOUS", "anon", "N/A", "000", "xxx", "Unknown", "de-identified"]
+)
+def test_patient_key_without_a_patient_is_the_studys_then_the_series(tmp_path, nobody):
+    def key(name, **tags):
+        return patient_key(save(tmp_path / name, series(PatientID=nobody, **tags)))
+
+    study = key("a", StudyInstanceUID="1.2")
+    assert study == key("b", StudyInstanceUID="1.2") != key("c", StudyInstanceUID="1.3")
+    assert key("d", StudyInstanceUID=None) != key("e", StudyInstanceUID=None)
+
+
+@pytest.mark.parametrize("somebody", ["0017", "anon17", "x1"])
+def test_patient_key_takes_a_pseudonym_for_a_patient(tmp_path, somebody):
+    keys = [
+        patient_key(save(tmp_path / study, series(PatientID=somebody, StudyInstanceUID=study))) for study in ("1", "2")
+    ]
+    assert keys[0] == keys[1]
+
+
+def test_patient_key_of_real_series(data_dir):
+    study1, study2, other = (
+        patient_key(data_dir / "dicom" / name)
+        for name in ("Study1/13_HCropVolume", "Study2/14_HCropVolume", "Study2/14-T1post-22014")
+    )
+    assert study2 == other != study1
+
+
+def test_patient_key_of_no_dicom_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("none")
+    with pytest.raises(VolumeError, match="without identifiers"):
+        patient_key(tmp_path)

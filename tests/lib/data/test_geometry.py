@@ -101,11 +101,6 @@ def test_box_to_slices_covers_exactly_the_box(axis):
     assert np.array_equal(painted, expected)
 
 
-@pytest.mark.parametrize(("axis", "expected"), [(0, (3, 2)), (1, (3, 1)), (2, (2, 1))])
-def test_pixel_spacing_is_row_then_column(axis, expected):
-    assert geometry.pixel_spacing((1, 2, 3), axis) == expected
-
-
 @pytest.mark.parametrize("ijk", [(0, 0, 0), (3, 4, 5)])
 def test_check_inside_accepts_the_corners(ijk):
     geometry.check_inside(ijk, SHAPE)

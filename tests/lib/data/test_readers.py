@@ -10,6 +10,7 @@ from PIL import Image
 
 from lib.data import readers
 from lib.data.volume import load_volume
+from lib.data.write import write_mask
 from lib.errors import CapacityError, VolumeError
 from lib.types import WindowSource
 
@@ -113,12 +114,40 @@ def test_nifti_axes_of_one_element_carry_nothing(tmp_path, stored, read):
     assert load_volume(path).array.shape == read
 
 
-@pytest.mark.parametrize("shape", [(5, 6, 7, 2), (5, 6, 7, 1, 3), (9,)])
+@pytest.mark.parametrize("shape", [(5, 6, 7, 5), (5, 6, 7, 1, 6), (5, 6, 7, 2, 2), (9,)])
 def test_nifti_of_another_dimension_is_refused(tmp_path, shape):
     path = nifti(tmp_path / f"{NAME}.nii", voxels(shape=shape), np.eye(4))
-    with pytest.raises(VolumeError, match=r"one volume of 3 axes; received shape \(.*Split") as error:
+    with pytest.raises(VolumeError, match=r"one volume of 3 axes.*; received shape \(.*Split") as error:
         load_volume(path)
     text_of(error)
+
+
+@pytest.mark.parametrize("stored", [(5, 6, 7, 2), (5, 6, 7, 3), (5, 6, 7, 4), (5, 6, 1, 2), (5, 6, 7, 1, 4)])
+def test_nifti_of_two_to_four_volumes_has_channels(tmp_path, stored):
+    array = voxels(np.int16, stored)
+    volume = load_volume(nifti(tmp_path / "x.nii.gz", array, AFFINES["oblique"]))
+    assert (volume.channels, volume.is_rgb, volume.shape) == (stored[-1], False, stored[:3])
+    assert volume.array.dtype == np.float32 and np.array_equal(volume.array, array.reshape(*stored[:3], -1))
+    assert volume.affine.tobytes() == nib.load(tmp_path / "x.nii.gz").affine.tobytes()
+    assert volume.content_hash != load_volume(nifti(tmp_path / "y.nii", array[..., 0], np.eye(4))).content_hash
+    back = load_volume(write_mask(volume, volume.array[..., 0] > 99, tmp_path / "mask.nii.gz"))
+    assert back.shape == stored[:3] and back.channels == 1
+    assert back.affine.tobytes() == volume.affine.tobytes()
+
+
+@pytest.mark.parametrize(("value", "words"), [(7, "every voxel of channel 2 is 7"), (np.nan, "finite voxels")])
+def test_channel_without_contrast_or_numbers_is_refused(tmp_path, value, words):
+    array = voxels(shape=(5, 6, 7, 3))
+    array[..., 1] = value
+    with pytest.raises(VolumeError, match=words):
+        load_volume(nifti(tmp_path / "x.nii", array, np.eye(4)))
+
+
+def test_nifti_of_channels_beyond_the_limit_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_VOXELS", 5 * 6 * 7 * 3)
+    load_volume(nifti(tmp_path / "x.nii", voxels(shape=(5, 6, 7, 3)), np.eye(4)))
+    with pytest.raises(CapacityError, match="at most 630 voxels; received 840"):
+        load_volume(nifti(tmp_path / "y.nii", voxels(shape=(5, 6, 7, 4)), np.eye(4)))
 
 
 def test_nifti_of_colour_or_complex_voxels_is_refused(tmp_path):
@@ -227,7 +256,7 @@ def test_nrrd_trailing_axis_of_one_element_carries_nothing(tmp_path):
 
 @pytest.mark.parametrize("shape", [(3, 5, 6, 7), (5, 6, 7, 2), (5, 6)])
 def test_nrrd_of_another_dimension_is_refused(tmp_path, shape):
-    with pytest.raises(VolumeError, match="one volume of 3 axes; received shape"):
+    with pytest.raises(VolumeError, match=r"one volume of 3 axes.*; received shape"):
         load_volume(write_nrrd(tmp_path / "x.nrrd", voxels(shape=shape)))
 
 

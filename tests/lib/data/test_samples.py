@@ -12,6 +12,7 @@ from lib.data.samples import (
     TrainingCase,
     labels_of,
     load_case,
+    named_values,
     patient_of,
     training_slices,
     usable_cases,
@@ -68,6 +69,25 @@ def make(tmp_path):
 )
 def test_patient_of_case_follows_the_pattern(case, group, patient):
     assert (patient_of(case) if group is None else patient_of(case, group)) == patient
+
+
+NAMED = [
+    ({}, {}),
+    ({"label_info": None, "label_names": None}, {}),
+    ({"label_info": [{"name": "liver", "idx": 1}, {"name": "spleen", "idx": 2}]}, {1: "liver", 2: "spleen"}),
+    ({"label_info": [{"name": "liver", "id": 3}]}, {3: "liver"}),
+    ({"label_info": [{"name": "background", "idx": 0}, {"name": "liver", "idx": 1}]}, {1: "liver"}),
+    ({"label_info": [{"idx": 1}, {"name": "x"}, {"name": "liver", "idx": "1"}, "liver", None]}, {}),
+    ({"label_names": {"liver": 1, "spleen": 2}}, {1: "liver", 2: "spleen"}),
+    ({"label_names": {"background": 0, "liver": 1, "odd": "2"}}, {1: "liver"}),
+    ({"label_names": ["liver"]}, {}),
+    ({"label_info": [{"name": "drawn", "idx": 1}], "label_names": {"proposed": 1, "other": 2}}, {1: "drawn"}),
+]
+
+
+@pytest.mark.parametrize(("info", "expected"), NAMED)
+def test_named_values_table(info, expected):
+    assert named_values(info) == expected
 
 
 def test_patient_of_broken_pattern_is_refused():
@@ -139,7 +159,8 @@ BAD_LABELS = [
     (mask().astype(np.float32) * 0.5, AFFINE, "received fractions"),
     (np.where(mask() > 0, np.nan, 0).astype(np.float32), AFFINE, "received nan to nan"),
     (-mask().astype(np.int16), AFFINE, r"label numbers 0\.\.65535; received -2 to 0"),
-    (np.stack([mask()] * 3, -1), AFFINE, "The label file: Expected one volume of 3 axes"),
+    (np.stack([mask()] * 5, -1), AFFINE, "The label file: Expected one volume of 3 axes"),
+    (np.stack([mask()] * 3, -1), AFFINE, "one label number per voxel; received colours or channels"),
 ]
 
 

@@ -165,3 +165,24 @@ def test_pinned_split_survives_a_write_that_fails(tmp_path, monkeypatch):
             split.assign(["p1", "p2", "p3"])
     assert [p.name for p in tmp_path.iterdir()] == ["split.json"]
     assert split.assign(["p1", "p2"]) == before
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        ({"s1": "train", "s2": "train", "s3": "val"}, {"A": "train", "B": "val"}),
+        ({"s1": "val", "s2": "train", "s3": "val"}, {"A": "train", "B": "val"}),
+        ({"s1": "train", "s2": "val", "s3": "val"}, {"A": "train", "B": "val"}),
+        ({"s2": "val", "B": "train"}, {"A": "val", "B": "train"}),
+        ({"A": "val", "s1": "train", "s3": "train"}, {"A": "val", "B": "train"}),
+        ({"A": "train", "B": "val", "other": "val"}, {"A": "train", "B": "val"}),
+    ],
+)
+def test_pinned_split_of_series_becomes_one_of_patients(tmp_path, stored, expected):
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps({"version": 1, "patients": stored}))
+    former = {"s1": "A", "s2": "A", "s3": "B"}
+    assert PinnedSplit(path).assign(["A", "B"], former) == expected
+    kept = {name: part for name, part in stored.items() if name == "other"}
+    assert json.loads(path.read_text())["patients"] == {**expected, **kept}
+    assert PinnedSplit(path).assign(["A", "B"], former) == expected

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from lib.data.window import PRESETS, apply_window, choose_window
+from lib.data.window import PRESETS, apply_window, choose_window, with_window
 from lib.errors import PromptError
-from lib.types import Window, WindowSource
+from lib.types import Volume, Window, WindowSource
 
 SOFT = PRESETS["soft_tissue"]
 
@@ -135,3 +137,38 @@ def test_apply_window_colour_is_divided_by_255():
     result = apply_window(pixels, Window(0, 1))
     assert result.dtype == np.float32
     assert result.ravel() == pytest.approx([0, 0.2, 1])
+
+
+def channels():
+    """A CT, an MR and an 8-bit-like channel."""
+    return np.stack([ct_like(), grey(shape=ct_like().shape), grey(0, 255, ct_like().shape)], -1)
+
+
+def test_channels_get_a_window_each_and_a_request_is_the_first_ones():
+    array = channels()
+    window = choose_window(array)
+    assert [window, *window.rest] == [
+        replace(choose_window(array[..., 0]), rest=window.rest), *(choose_window(array[..., m]) for m in (1, 2))
+    ]  # fmt: skip
+    assert (window.source, window.rest[0].source) == (WindowSource.PRESET, WindowSource.PERCENTILE)
+    asked = choose_window(array, requested=(3, 4))
+    assert asked == Window(3.0, 4.0, WindowSource.REQUEST, window.rest)
+    assert len({window.key(), asked.key(), replace(window, rest=window.rest[:1]).key()}) == 3
+
+
+def test_with_window_replaces_the_first_channels_alone():
+    array = channels()
+    volume = Volume(array, np.eye(4), (1.0, 1.0, 1.0), choose_window(array), "hash")
+    assert with_window(volume, None) is volume
+    assert with_window(volume, "lung").window == choose_window(array, requested="lung")
+    colour = replace(volume, array=np.zeros((2, 2, 2, 3), np.uint8))
+    assert with_window(colour, (3, 4)) is colour
+    with pytest.raises(PromptError, match="lo < hi"):
+        with_window(volume, (4, 3))
+
+
+def test_apply_window_maps_every_channel_by_its_own():
+    pixels = np.array([[[-200, 5, 1], [500, 10, 3]]], np.float32)
+    window = Window(-160, 240, rest=(Window(0, 10), Window(1, 5)))
+    result = apply_window(pixels, window)
+    assert result.dtype == np.float32 and np.array_equal(result, np.array([[[0, 0.5, 0], [1, 1, 0.5]]], np.float32))
