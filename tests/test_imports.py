@@ -84,8 +84,12 @@ def _select(*places: str) -> list[str]:
     return sorted(m for m in MODULES if _within(m, places))
 
 
+THEIR_LIB = "bench.apps.deepedit"  # runs in MONAI Label's sample app, whose own package is called lib as well
+
+
 def test_every_import_of_ours_exists():
-    wrong = [(m, t) for m in MODULES for t in imports(m, anywhere=True) if t.split(".")[0] in OURS and t not in MODULES]
+    ours = [m for m in MODULES if not _within(m, (THEIR_LIB,))]
+    wrong = [(m, t) for m in ours for t in imports(m, anywhere=True) if t.split(".")[0] in OURS and t not in MODULES]
     assert not wrong
 
 

@@ -33,9 +33,10 @@ REAL = "Study2/14-T1post-22014"
 EPOCHS, TRAINING_LIMIT_S = "2", 900.0
 OVERLAP = 0.9  # of coloured pixels with the projected label; outlines are a pixel wider than voxels
 
-pytestmark = pytest.mark.skipif(
-    bool(why_no_orthanc() or why_no_browser()), reason=str(why_no_orthanc() or why_no_browser())
-)
+pytestmark = [
+    pytest.mark.timeout(1800),  # software rendering beside other work
+    pytest.mark.skipif(bool(why_no_orthanc() or why_no_browser()), reason=str(why_no_orthanc() or why_no_browser())),
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What the bench of active learning computes itself, on volumes of a few numbers; what it measures belongs to no test."""
+"""What the bench of active learning computes itself, on small volumes; what it measures belongs to no test."""
 
 from __future__ import annotations
 
