@@ -5,12 +5,12 @@
 
 Protocol, fixed before the first full run. ``compact`` encodes twelve evenly spread slices of every ``adapt`` and
 ``test`` volume (``lib.data.split``). A small head on these features is trained anew in every round on the labelled
-volumes: the same 400 steps, whatever their number (head and steps chosen on ``adapt``). A seed decides the first 4
-labelled volumes and the head; all strategies begin with the same ones. In each of 7 rounds 3 volumes are added one
-by one as ``next_sample`` would, to 25: by ``random``, or by a strategy of ``lib.active.selection`` on what the head shows of its doubt
-(``lib.active.evidence``; here jitter is noise on the features). Dice is the mean over test volumes and labels on the
-head's 32 x 32 grid. The number of labels that a strategy needs is where its curve, the mean over seeds, first reaches
-the last point of the curve of random, linear between rounds; its share is that number divided by 25.
+volumes: the same 400 steps, whatever their number; head and steps were chosen on ``adapt``. A seed decides the first 4
+labelled volumes and the head; all strategies begin with the same ones. In each of 7 rounds 3 volumes are added one by
+one as ``next_sample`` would, to 25: by ``random``, or by a strategy of ``lib.active.selection`` on what the head shows
+of its doubt (``lib.active.evidence``; here jitter is noise on the features). Dice is the mean over test volumes and
+labels on the head's 32 x 32 grid. The number of labels that a strategy needs is where its curve, the mean over seeds,
+first reaches the last point of the curve of random, linear between rounds; its share is that number divided by 25.
 
 ``--predicted-dice`` measures the other claim instead: ``sam2rad`` is trained as in ``bench.learned_prompts`` for some
 minutes on half of the ``adapt`` patients, and the Dice predicted for every ``test`` volume is compared with the true
