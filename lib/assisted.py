@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib.automatic import Automatic, gated
 from lib.cache import Lru
 from lib.config import MethodRow
 from lib.contracts import Features, PromptSet
@@ -29,7 +30,7 @@ from lib.data.window import with_window
 from lib.engine import Engine, SegmentOptions
 from lib.errors import PromptError
 from lib.evaluate import label_maps
-from lib.learned import Answer, Learned, combine
+from lib.learned import Answer, Learned
 from lib.prompts.user import SlicePrompts, by_slice, prompt_set
 from lib.propagate import SliceResult
 from lib.proposed import points_by_label
@@ -55,29 +56,6 @@ class Live:
 
     version: Version
     model: Learned
-
-
-@dataclass(frozen=True)
-class Automatic:
-    """Autonomous result of one volume along one axis.
-
-    Args:
-        mask: ``(I, J, K)`` uint8 class numbers.
-        masks: ``(D, K, 4h, 4w)`` float16 logits.
-        iou: ``(D, K)``.
-        obj: ``(D, K)`` objectness logits.
-        points: ``(D, K, P, 3)``, see :class:`lib.learned.Answer`, or None.
-    """
-
-    mask: np.ndarray
-    masks: Tensor
-    iou: Tensor
-    obj: Tensor
-    points: Tensor | None = None
-
-    def nbytes(self) -> int:
-        """Size in memory."""
-        return self.mask.nbytes + self.masks.numel() * self.masks.element_size()
 
 
 class AssistedEngine:
@@ -224,7 +202,7 @@ class _Job(Timed):
         with self.timed("assisted"), torch.inference_mode():
             edits = self.edits(automatic, self.corrections(automatic, prompts))
         with self.timed("assemble"), torch.inference_mode():
-            mask = self.assembled(automatic, edits)
+            mask = automatic.edited(edits, self.axis, self.transform)
         return self.prediction(automatic, edits, mask)
 
     def automatic(self) -> Automatic:
@@ -321,8 +299,8 @@ class _Job(Timed):
     ) -> dict[tuple[int, int], Answer]:
         """A correction's walk: a slice changes only near where the slice before did, until the change has faded."""
         found: dict[tuple[int, int], Answer] = {}
-        changed = (_gated(answer.masks, answer.obj) > 0) != (self._auto(automatic, seed, number) > 0)
-        first, before = int(changed.sum()), replace(answer, masks=_gated(answer.masks, answer.obj))
+        changed = (gated(answer.masks, answer.obj) > 0) != (automatic.logits(seed, number) > 0)
+        first, before = int(changed.sum()), replace(answer, masks=gated(answer.masks, answer.obj))
         for index in path:
             if index in prompted or not bool(changed.any()):
                 break
@@ -330,8 +308,8 @@ class _Job(Timed):
             carried = self.ask(
                 index, number, PromptSet(masks=before.masks[:, None].clamp(-32, 32)), said=bool(before.obj > 0)
             )
-            base = self._auto(automatic, index, number)
-            merged = torch.where(near, _gated(carried.masks, carried.obj), base)
+            base = automatic.logits(index, number)
+            merged = torch.where(near, gated(carried.masks, carried.obj), base)
             changed = (merged > 0) != (base > 0)
             if int(changed.sum()) <= max(2, FADED * first) or self._jumps(before, merged, carried.iou):
                 break
@@ -347,10 +325,6 @@ class _Job(Timed):
         was, now = SliceResult(before.masks[:, None], float(before.iou)), SliceResult(merged[:, None], float(iou))
         return self.engine.rule.breaks(was, was, now)
 
-    def _auto(self, automatic: Automatic, index: int, number: int) -> Tensor:
-        """``(1, 4h, 4w)`` autonomous logits; an absent class has none above 0."""
-        return _gated(automatic.masks[index, number][None].float(), automatic.obj[index, number])
-
     def ask(self, index: int, number: int, user: PromptSet, *, said: bool) -> Answer:
         """One class on one slice, learned and user prompts in one decoder call; ``said``: the user says it is there."""
         window = window_around(index, self.volume.shape[self.axis], self.model.slices)
@@ -360,19 +334,6 @@ class _Job(Timed):
         answer = self.model.corrected(features, self.model.propose(features), user, pair)
         obj = answer.obj.clamp(min=0.0) if said else answer.obj
         return Answer(answer.masks.cpu(), answer.iou.cpu(), obj.cpu())
-
-    def assembled(self, automatic: Automatic, edits: Mapping[tuple[int, int], Answer]) -> np.ndarray:
-        """The mask with the edited slices; the autonomous one itself where nothing was edited."""
-        if not edits:
-            return automatic.mask
-        mask = np.array(automatic.mask, order="F")
-        for index in {i for i, _ in edits}:
-            masks, obj = automatic.masks[index].float()[None], automatic.obj[index].clone()[None]
-            for (i, number), answer in edits.items():
-                if i == index:
-                    masks[0, number], obj[0, number] = answer.masks[0], answer.obj[0]
-            put_slice(mask, self.axis, index, combine(self.transform.logits(masks), obj)[0].numpy())
-        return mask
 
     def prediction(
         self, automatic: Automatic, edits: Mapping[tuple[int, int], Answer], mask: np.ndarray
@@ -395,11 +356,6 @@ class _Job(Timed):
             mask, labels, self.axis, quality, presence, {k: v for k, v in edited.items() if v}, self.live.version.name,
             self.seconds, dict(self.cache), (), self.volume.window, points,
         )  # fmt: skip
-
-
-def _gated(masks: Tensor, obj: Tensor) -> Tensor:
-    """The logits as they are shown: an absent pair has none above 0."""
-    return masks if bool(obj >= 0) else masks.clamp(max=-1.0)
 
 
 def _check_known(prompts: Mapping[str, UserPrompts], labels: tuple[str, ...]) -> None:

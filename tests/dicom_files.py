@@ -22,12 +22,19 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from lib.data.dicom import frame_order
+
 ROW, COLUMN = np.array([0.96, 0.28, 0.0]), np.array([-0.28 * 0.8, 0.96 * 0.8, 0.6])
 NORMAL = np.cross(ROW, COLUMN)
 ORIGIN, STEP, PIXEL_MM = np.array([-10.5, 20.25, 30.75]), 2.5, (0.5, 0.75)  # distance of rows, then of columns
 STORED = np.random.default_rng(0).integers(0, 1000, (6, 32, 40)).astype(np.uint16)  # (k, row, column)
 LPS = np.column_stack([ROW * PIXEL_MM[1], COLUMN * PIXEL_MM[0], NORMAL * STEP, ORIGIN])
 RAS = LPS * [[-1], [-1], [1]]  # (3, 4)
+
+
+def placed_files(folder: Path) -> list[Path]:
+    """The files of a series, sorted along k; one for an enhanced object."""
+    return list(dict.fromkeys(path for path, _ in frame_order(folder)))
 
 
 def image(pixels: np.ndarray, sop_class: str, colour: str = "MONOCHROME2", **tags: Any) -> FileDataset:

@@ -111,14 +111,3 @@ def standardised(embeddings: np.ndarray) -> np.ndarray:
     spread = points.std(0)
     points = (points - points.mean(0)) / np.where(spread > 1e-6 * (1 + np.abs(points).max(0)), spread, np.inf)
     return points / np.sqrt(max(1, points.shape[1]))
-
-
-def k_centre(embeddings: np.ndarray, candidates: np.ndarray, chosen: np.ndarray, count: int) -> list[int]:
-    """``count`` rows out of ``candidates``, each the farthest from those that were chosen before it."""
-    picked: list[int] = []
-    left, taken = list(candidates), list(chosen)
-    for _ in range(min(count, len(left))):
-        distances = novelty(embeddings, np.array(left), np.array(taken, int))
-        picked.append(int(left.pop(int(distances.argmax()))))
-        taken.append(picked[-1])
-    return picked

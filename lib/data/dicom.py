@@ -108,15 +108,6 @@ def frame_order(folder: Path) -> list[tuple[Path, int]]:
         return [(frame.path, frame.number) for frame in _stack(_files(folder)).frames]
 
 
-def placed_files(folder: Path) -> list[Path]:
-    """The files of the series, sorted along k; one for an enhanced object.
-
-    Raises:
-        VolumeError: as :func:`frame_order`.
-    """
-    return list(dict.fromkeys(path for path, _ in frame_order(folder)))
-
-
 def patient_key(folder: Path) -> str:
     """Whose series this is: equal for all series of one patient, and no identifier.
 

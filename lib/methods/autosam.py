@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from lib.contracts import BackboneSpec, Features, PromptSet, Proposal, image_tap
 from lib.errors import ConfigError
 from lib.nn.hardnet import CHANNELS, HarDNet
-from lib.nn.losses import area_bce, bce_dice, dice_loss, presence_loss, present_mean, visible
+from lib.nn.losses import mask_part, presence_loss, visible
 
 STRIDES = (4, 8, 16)
 LEAST_SIDE = 32
 CELL = 8  # pixels
 HEADS = ("sam", "light")
+LOSSES = ("autosam", "plain")
 
 
 @dataclass(frozen=True)
@@ -192,17 +193,8 @@ def losses(preset: str, answer: Any, proposal: Proposal, target: Tensor, spec: B
         target: ``(N, 4h, 4w)`` in 0..1.
         spec: facts of the backbone.
     """
-    if preset not in LOSSES:
-        raise ConfigError(f"loss: expected one of {list(LOSSES)}, received {preset!r}.")
-    mask_loss, every = LOSSES[preset]
-    counted = torch.ones_like(answer.obj) if every else visible(target, (spec.input_size / spec.mask_size) ** 2)
-    parts = {"mask": present_mean(mask_loss(answer.masks, target), counted)}
+    there = visible(target, (spec.input_size / spec.mask_size) ** 2)
+    parts = {"mask": mask_part(preset, LOSSES, answer.masks, target, there)}
     if proposal.obj is not None:
         parts["objectness"] = presence_loss(answer.obj, target)
     return parts
-
-
-LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
-    "autosam": (bce_dice, True),
-    "plain": (lambda x, y: dice_loss(x, y) + area_bce(x, y), False),
-}

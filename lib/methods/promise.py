@@ -8,7 +8,6 @@ in ``_xy``. No state between calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -17,12 +16,13 @@ from torch import Tensor, nn
 
 from lib.contracts import BackboneSpec, Features, Hooks, PromptSet, Proposal
 from lib.errors import ConfigError
-from lib.nn.losses import area_bce, bce_dice, dice_loss, point_loss, presence_loss, present_mean, visible
+from lib.nn.losses import mask_part, point_loss, presence_loss, present_mean, visible
 from lib.nn.points import MAPS, CrossPoints, LightPoints, ResNetPoints, anchor_grid, zeroed
 
 MODES = ("apm", "ips", "apm_ips")
 POINTS: dict[str, type[nn.Module]] = {"resnet": ResNetPoints, "cross": CrossPoints, "light": LightPoints}
 POINT_WEIGHT = 0.1
+LOSSES = ("promise", "plain")
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,9 @@ def losses(preset: str, answer: Any, proposal: Proposal, target: Tensor, spec: B
         target: ``(N, 4h, 4w)`` in 0..1.
         spec: facts of the backbone.
     """
-    if preset not in LOSSES:
-        raise ConfigError(f"loss: expected one of {list(LOSSES)}, received {preset!r}.")
-    mask_loss, every = LOSSES[preset]
     there = visible(target, (spec.input_size / spec.mask_size) ** 2)
     parts = {
-        "mask": present_mean(mask_loss(answer.masks, target), torch.ones_like(there) if every else there),
+        "mask": mask_part(preset, LOSSES, answer.masks, target, there),
         "objectness": presence_loss(answer.obj, target),
     }
     prompts = proposal.prompts
@@ -136,9 +133,3 @@ def losses(preset: str, answer: Any, proposal: Proposal, target: Tensor, spec: B
         missed = point_loss(prompts.points_xy, prompts.labels, target, spec.input_size)
         parts["points"] = POINT_WEIGHT * present_mean(missed, there)
     return parts
-
-
-LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
-    "promise": (bce_dice, True),
-    "plain": (lambda x, y: dice_loss(x, y) + area_bce(x, y), False),
-}

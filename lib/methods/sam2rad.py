@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from lib.contracts import BackboneSpec, Features, Hooks, PromptSet, Proposal
 from lib.errors import ConfigError
 from lib.nn.adapters import Injector, standard
-from lib.nn.losses import area_bce, balanced_bce, box_loss, dice_loss, focal_loss, present_mean
+from lib.nn.losses import balanced_bce, box_loss, dice_loss, focal_loss, plain_loss, present_mean
 
 BOX_TOKENS = 2
 HEADS = 8
@@ -263,7 +263,7 @@ LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Te
         lambda x, y: 0.5 * (dice_loss(x, y) + 10 * focal_loss(x, y, 0.7, 3.0)),
         lambda x, y: 100 * focal_loss(x, y, 0.6, 3.0),
     ),
-    "plain": (lambda x, y: dice_loss(x, y) + area_bce(x, y), lambda x, y: dice_loss(x, y) + balanced_bce(x, y)),
+    "plain": (plain_loss, lambda x, y: dice_loss(x, y) + balanced_bce(x, y)),
 }
 
 

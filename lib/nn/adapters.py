@@ -155,21 +155,25 @@ def lora(pattern: str, rank: int) -> Injector:
     return Injector(pattern, lambda layer, _: LoraLinear(layer, rank))
 
 
+def _matching(pattern: str, backbone: Any) -> list[str]:
+    names = [n for n in backbone.paths if re.fullmatch(pattern, n)]
+    if not names:
+        raise ValueError(f"{backbone.spec.name} has no layer {pattern!r}.")
+    return names
+
+
 def bottleneck(pattern: str, backbone: Any, width: int = 64) -> list[Injector]:
     """A bottleneck before every encoder block that matches; a block's width is what its attention takes in.
 
     Raises:
         ValueError: for a pattern that matches nothing.
     """
-    names = [n for n in backbone.paths if re.fullmatch(pattern, n)]
-    if not names:
-        raise ValueError(f"{backbone.spec.name} has no layer {pattern!r}.")
 
     def around(name: str) -> Wrap:
         channels = backbone.get_submodule(backbone.paths[f"{name}.attn.qkv"]).in_features
         return lambda block, owner: BottleneckBefore(block, channels, width, owner.block_channels_first)
 
-    return [Injector(re.escape(name), around(name)) for name in names]
+    return [Injector(re.escape(name), around(name)) for name in _matching(pattern, backbone)]
 
 
 def standard(
@@ -210,15 +214,12 @@ def parallel(pattern: str, backbone: Any, *, wide: bool = False) -> list[Injecto
     Raises:
         ValueError: for a pattern that matches nothing.
     """
-    names = [n for n in backbone.paths if re.fullmatch(pattern, n)]
-    if not names:
-        raise ValueError(f"{backbone.spec.name} has no layer {pattern!r}.")
 
     def beside(name: str) -> Wrap:
         channels = backbone.get_submodule(backbone.paths[f"{name}.mlp.fc1"]).in_features
         return lambda mlp, _: BesideMlp(mlp, _silent(channels) if wide else LightParallelAdapter(channels))
 
-    return [Injector(re.escape(f"{name}.mlp"), beside(name)) for name in names]
+    return [Injector(re.escape(f"{name}.mlp"), beside(name)) for name in _matching(pattern, backbone)]
 
 
 def _silent(channels: int) -> ParallelAdapter:

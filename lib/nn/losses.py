@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib.contracts import DecoderOut
+from lib.errors import ConfigError
 
 
 def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
@@ -105,6 +106,31 @@ def bce_dice(logits: Tensor, target: Tensor) -> Tensor:
     """``(N,)`` mean cross entropy and soft Dice loss, weights 1:1 (METHODS 2.3, 6.3)."""
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none").flatten(1).mean(1)
     return entropy + dice_loss(logits, target)
+
+
+def plain_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """``(N,)`` soft Dice loss and :func:`area_bce`, the app's own choice for every method."""
+    return dice_loss(logits, target) + area_bce(logits, target)
+
+
+def mask_part(preset: str, presets: tuple[str, str], logits: Tensor, target: Tensor, there: Tensor) -> Tensor:
+    """Scalar mask loss where the paper takes :func:`bce_dice` of every pair and ``plain`` counts those that are there.
+
+    Args:
+        preset: one of them.
+        presets: the paper's name, and ``plain``.
+        logits: ``(N, G, G)``.
+        target: ``(N, G, G)`` in 0..1.
+        there: ``(N,)`` 1 or 0, see :func:`visible`.
+
+    Raises:
+        ConfigError: for another preset.
+    """
+    if preset not in presets:
+        raise ConfigError(f"loss: expected one of {list(presets)}, received {preset!r}.")
+    if preset == presets[0]:
+        return bce_dice(logits, target).mean()
+    return present_mean(plain_loss(logits, target), there)
 
 
 def visible(target: Tensor, pixels: float) -> Tensor:

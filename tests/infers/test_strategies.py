@@ -217,7 +217,7 @@ def test_next_sample_answers_at_once_with_a_thousand_images(many: Server) -> Non
     assert len({reply["id"] for reply, _ in found}) == 20
     times, share = sorted(spent for _, spent in found), own_share()
     print(f"next_sample with {MANY} images: median {times[10]:.3f}, least {times[0]:.3f} s with {share:.0%} of a core")
-    assert times[0] < LIMIT_S / share
+    assert times[len(times) // 2] < LIMIT_S / share
 
 
 def test_every_client_sees_the_strategies(many: Server) -> None:

@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 
 from lib import assisted as module
-from lib.assisted import AssistedEngine, Automatic
+from lib.assisted import AssistedEngine
+from lib.automatic import Automatic
 from lib.data.geometry import slice_view
 from lib.engine import Engine, SegmentOptions
 from lib.errors import PromptError, WeightsError
 from lib.evaluate import case_dice
-from lib.learned import Answer
+from lib.learned import Answer, combine
 from lib.types import Box, Click, LabelPrediction, Stroke, UserPrompts, Volume
 from tests.cases import LABELS, ROW, add_version, draw, settings, store_at, write_case
 
@@ -372,7 +373,7 @@ def _walk(
     def automatic(job: Any) -> Automatic:
         mask = np.zeros(volume.shape, np.uint8, order="F")
         for k in range(6):
-            drawn = module.combine(job.transform.logits(auto[k][None]), obj[k][None])[0].numpy()
+            drawn = combine(job.transform.logits(auto[k][None]), obj[k][None])[0].numpy()
             slice_view(mask, 2, k)[...] = drawn
         return Automatic(mask, auto.half(), torch.full((6, 2), 0.9), obj)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lib.active.selection import DISAGREEMENT, DIVERSITY, MIX, PREDICTED, STRATEGIES, Known, k_centre, rank, rank_sum
+from lib.active.selection import DISAGREEMENT, DIVERSITY, MIX, PREDICTED, STRATEGIES, Known, rank, rank_sum
 
 
 def known(predicted: float | None, disagreement: float | None, *embedding: float) -> Known:
@@ -69,15 +69,6 @@ def test_rank_sum(parts: list[list[float]], expected: list[float]) -> None:
 def test_rank_sum_does_not_see_units() -> None:
     a, b = np.array([1.0, 5.0, 2.0]), np.array([0.3, 0.1, 0.2])
     np.testing.assert_allclose(rank_sum([a, b]), rank_sum([1000 * a - 7, b / 50]))
-
-
-def test_k_centre_covers_every_cluster_before_any_twice() -> None:
-    rng = np.random.default_rng(1)
-    centres = np.array([[0, 0], [20, 0], [0, 20], [20, 20]])
-    points = np.concatenate([c + rng.normal(0, 0.5, (6, 2)) for c in centres])
-    picked = k_centre(points, np.arange(1, 24), np.array([0]), 3)
-    assert {p // 6 for p in picked} == {1, 2, 3}
-    assert len(k_centre(points, np.arange(3), np.array([], int), 10)) == 3
 
 
 def test_a_dimension_that_never_varies_does_no_harm() -> None:

@@ -7,11 +7,11 @@ import pytest
 from pydicom.encaps import encapsulate
 from pydicom.uid import CTImageStorage
 
-from lib.data.dicom import frame_order, patient_key, placed_files
+from lib.data.dicom import frame_order, patient_key
 from lib.data.volume import load_volume
 from lib.errors import PromptError, VolumeError
 from lib.types import WindowSource
-from tests.dicom_files import COLUMN, NORMAL, ORIGIN, RAS, STEP, STORED, image, place, save, series
+from tests.dicom_files import COLUMN, NORMAL, ORIGIN, RAS, STEP, STORED, image, place, placed_files, save, series
 
 
 def refused(folder, text):

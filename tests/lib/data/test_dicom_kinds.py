@@ -19,7 +19,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from lib.data.dicom import frame_order, placed_files
+from lib.data.dicom import frame_order
 from lib.data.samples import LabelledCase, load_case, training_slices
 from lib.data.volume import load_volume
 from lib.data.write import write_mask
@@ -39,6 +39,7 @@ from tests.dicom_files import (
     enhanced,
     image,
     place,
+    placed_files,
     region,
     save,
     series,
