@@ -31,6 +31,7 @@ ARGUMENTS = [
 VIEWPORT = """
     const services = window.services, id = services.viewportGridService.getState().activeViewportId;
     const viewport = services.cornerstoneViewportService.getCornerstoneViewport(id);
+    viewport.element.scrollIntoView({block: "nearest"});  // a long list beside it pushes it up, under the window's edge
 """
 CAMERA = "() => {" + VIEWPORT + "return viewport.getCamera().focalPoint; }"
 PROJECT = "(points) => {" + VIEWPORT + """

@@ -311,8 +311,9 @@ def test_training_from_the_panel_ends_with_a_version_that_answers(
     found = dice(mask, shown.truth)
     print(f"Dice {found:.3f} after {EPOCHS} epochs")
     assert found > 0.7  # 0.759
-    assert ohif.shows(grid, mask > 0, OVERLAP) > OVERLAP
+    overlap = ohif.shows(grid, mask > 0, OVERLAP)
     ohif.page.screenshot(path=tmp_path / "trained.png")
+    assert overlap > OVERLAP
 
 
 def wait_for_training(server: Server) -> None:
