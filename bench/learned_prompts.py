@@ -37,7 +37,8 @@ from lib.loading import load_backbone
 from lib.prompts.simulate import box_of, next_click
 from lib.prompts.user import SlicePrompts, prompt_set
 from lib.train_data import Batches, Slice, all_slices, axis_of
-from lib.train_loop import Run, fit, losses_of
+from lib.train_loop import Run, fit
+from lib.train_step import losses_of
 from lib.transform import SliceTransform
 
 SETS = {"hippocampus": ("anterior", "posterior"), "acdc": ("RV", "Myo", "LV")}

@@ -31,7 +31,7 @@ from lib.engine import Engine
 from lib.learned import Learned
 from lib.loading import load_backbone
 from lib.train_data import Batches, all_slices
-from lib.train_loop import step_loss
+from lib.train_step import losses_of
 from lib.versions.record import Trained
 from lib.versions.store import open_store
 from lib.windows import BATCH
@@ -143,8 +143,9 @@ def epochs(backbone: Any, case: TrainingCase, batch: int, steps: int) -> dict[st
     def step(number: int, batches: Batches | None) -> None:
         features, target = ready if batches is None else batches.batch(number)
         optimiser.zero_grad(set_to_none=True)
-        step_loss(model.train(), features, target, "plain", number)[0].backward()
-        optimiser.step()
+        for loss, _ in losses_of(model.train(), features, target, "plain", number):
+            loss.backward()
+            optimiser.step()
 
     found: dict[str, list[float]] = {"kept": [], "anew": [], "bare": []}
     for number in range(steps + 1):  # in turns, since the machine is noisy

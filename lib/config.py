@@ -146,6 +146,7 @@ class TrainRecipe:
     Args:
         preset: ``frozen``, ``adapters``, ``full``, or ``auto``: ``full`` for ``compact``, else ``adapters`` on a GPU,
             ``frozen`` without one.
+        start: ``live`` begins with the live version where that fits (:mod:`lib.versions.start`), ``new`` never.
         loss: name of a loss preset of the method.
         augment: ``mild``, or ``paper``: flips and turns of up to 90 degrees too.
         epochs: at most; early stopping ends sooner.
@@ -163,6 +164,7 @@ class TrainRecipe:
     """
 
     preset: str = "auto"
+    start: str = "live"
     loss: str = "plain"
     augment: str = "mild"
     epochs: int = 30

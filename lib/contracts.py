@@ -298,6 +298,7 @@ class Method(Protocol):
     A method that starts from something of the backbone's defines ``adopt(backbone)``, called once after it is built.
     One that sees neighbouring slices together has ``slices``, their number; its masks are log-odds against background.
     One whose prompts are useless at first has ``warm_up``, the share of training in which only its own losses count.
+    One with ``picks = True`` also takes ``propose(features, classes)``, ``(B,)`` one class per image.
 
     Attributes:
         classes: K.

@@ -24,6 +24,7 @@ from lib.prompts.merge import merge
 
 PRESETS = ("frozen", "adapters", "full")
 METHOD, BACKBONE = "method.", "backbone."
+SMALL_GRID = 32  # cells along a side of the embedding, up to which a decoder call is cheap beside the rest of a step
 
 
 @dataclass
@@ -154,9 +155,15 @@ class Learned(nn.Module):
         with self.backbone.volume.spanning(depth, len(x)):
             return replace(self.backbone.encode(x, self.method.taps), depth=depth)
 
-    def propose(self, features: Features) -> Proposal:
-        """Learned prompts of all classes for B images."""
-        return self.method.propose(features)
+    @property
+    def draws(self) -> bool:
+        """Whether training asks about one class per slice and step: frozen, a large decoder, a method that can."""
+        picks = getattr(self.method, "picks", False)
+        return picks and self.preset == "frozen" and self.spec.grid > SMALL_GRID
+
+    def propose(self, features: Features, classes: Optional[Tensor] = None) -> Proposal:
+        """Learned prompts of all classes for B images, or of ``(B,)`` one class each, for a method that picks."""
+        return self.method.propose(features) if classes is None else self.method.propose(features, classes)
 
     def decode(
         self, features: Features, proposal: Optional[Proposal], user: PromptSet, image_index: Tensor,

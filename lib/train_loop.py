@@ -17,23 +17,19 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lib.config import TrainRecipe
-from lib.contracts import Features, PromptSet
 from lib.data.samples import TrainingCase
 from lib.errors import ConfigError
 from lib.evaluate import FeaturesOf, case_dice, encoded, kept, segmented, summary
 from lib.learned import Learned
-from lib.nn.losses import area_bce, dice_loss, soft_iou
-from lib.prompts.simulate import user_prompts
 from lib.train_data import Batches
+from lib.train_step import losses_of
 
 logger = logging.getLogger(__name__)
 STATE, BEST, PROGRESS = "state.pt", "best.safetensors", "progress.json"
 SAVE_S = 20.0  # seconds between states
-ALONE = 0.1  # share of assisted calls without learned prompts (METHODS 3.3)
 LEAST_STEPS = 20
 
 
@@ -61,59 +57,6 @@ class Run:
     def steps(self) -> int:
         """Optimiser steps per epoch."""
         return self.recipe.steps or max(LEAST_STEPS, math.ceil(len(self.batches.slices) / self.recipe.batch))
-
-
-def step_loss(
-    model: Learned, features: Features, target: Tensor, preset: str, seed: int
-) -> tuple[Tensor, dict[str, float]]:
-    """Loss of one batch: the autonomous call, and one with simulated user prompts on the pairs that are present.
-
-    Args:
-        model: in training mode.
-        features: of B slices.
-        target: ``(B, K, G, G)`` in 0..1.
-        preset: of losses.
-        seed: of the simulated prompts.
-    """
-    images, classes = target.shape[:2]
-    index = torch.arange(images, device=target.device).repeat_interleave(classes)
-    flat = target.flatten(0, 1)
-    proposal = model.propose(features)
-    if model.progress < model.warm_up:  # its prompts are useless yet
-        return _totalled(model.losses(preset, None, proposal, flat, model.spec))
-    _, answer = model.decode(features, proposal, PromptSet(), index)
-    parts = model.losses(preset, answer, proposal, flat, model.spec)
-    rng = torch.Generator().manual_seed(seed)
-    hard = flat > 0.5
-    present = hard.flatten(1).any(1).nonzero()[:, 0]
-    if len(present):
-        scale = model.spec.input_size / flat.shape[-1]
-        user = user_prompts(hard[present], answer.masks.detach()[present] > 0, scale, rng)
-        learned = None if float(torch.rand(1, generator=rng)) < ALONE else proposal
-        assisted = model.corrected(features, learned, user, present)
-        parts["assisted"] = (
-            0.5 * (dice_loss(assisted.masks, flat[present]) + area_bce(assisted.masks, flat[present])).mean()
-        )
-    if model.preset != "frozen":  # a head that is not trained cannot follow
-        parts["quality"] = F.mse_loss(answer.iou, soft_iou(answer.masks.detach(), flat))
-    return _totalled(parts)
-
-
-def _totalled(parts: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-    total = torch.stack(list(parts.values())).sum()
-    return total, {k: float(v.detach()) for k, v in {"loss": total, **parts}.items()}
-
-
-def losses_of(
-    model: Learned, features: Features, target: Tensor, preset: str, seed: int
-) -> Iterator[tuple[Tensor, dict[str, float]]]:
-    """Losses of one batch, one optimiser step each: :func:`step_loss`, or a method's own rounds where the backbone is
-    trained, each of which is computed after the step on the one before."""
-    if model.rounds is None or model.preset == "frozen":
-        yield step_loss(model, features, target, preset, seed)
-        return
-    for parts in model.rounds(model, features, target, preset, seed):
-        yield _totalled(parts)
 
 
 def fit(run: Run, report: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 
 from lib.active.calibration import CALIBRATION
 from lib.active.evidence import calibration_pairs
-from lib.config import AppSettings, MethodRow, override
+from lib.config import AppSettings, MethodRow, TrainRecipe, override
 from lib.contracts import Backbone
 from lib.data.samples import (
     LabelledCase,
@@ -43,13 +43,14 @@ from lib.train_loop import BEST, PROGRESS, STATE, Run, fit, write_json
 from lib.versions.gate import beats
 from lib.versions.record import Trained, Version
 from lib.versions.report import keep_comparison, write_report
+from lib.versions.start import NEW, STARTS, why_anew
 from lib.versions.store import VersionStore, open_store
 from lib.worst_cases import keep_worst
 
 logger = logging.getLogger(__name__)
 SHOWN = (
-    "preset", "loss", "augment", "epochs", "minutes", "batch", "views", "lr", "backbone_lr", "patience", "memory_mb",
-    "seed",
+    "preset", "start", "loss", "augment", "epochs", "minutes", "batch", "views", "lr", "backbone_lr", "patience",
+    "memory_mb", "seed",
 )  # fmt: skip
 
 
@@ -69,7 +70,8 @@ class AdaptTask(TrainTask):
     def config(self) -> dict[str, Any]:
         """Options that clients show; a list is a choice whose first item is the default."""
         values = {key: getattr(self._row.recipe, key) for key in SHOWN}
-        return {**values, "preset": [values["preset"], *(p for p in ("auto", *PRESETS) if p != values["preset"])]}
+        choices = {"preset": ("auto", *PRESETS), "start": STARTS}
+        return values | {k: [values[k], *(c for c in found if c != values[k])] for k, found in choices.items()}
 
     def stats(self) -> dict[str, Any]:
         """Progress of the run under way or of the last one."""
@@ -129,8 +131,10 @@ class _Training:
         self.engine = Engine(replace(settings, prefetch=False))
         self.backbone: Backbone = self.engine.warm()
         recipe = override(row.recipe, request)
-        self.recipe = replace(recipe, preset=self._preset(recipe.preset))
+        recipe = replace(recipe, preset=self._preset(recipe.preset))
         self.parts = self._split()
+        self.start, self.why_anew = self._start(recipe)
+        self.recipe = replace(recipe, start=self.start.name if self.start else NEW)
         self.folder = store.folder / "runs" / "current"
 
     def _preset(self, wanted: str) -> str:
@@ -139,6 +143,15 @@ class _Training:
         if self.backbone.spec.name == "compact":
             return "full"
         return "adapters" if self.engine.device().type == "cuda" else "frozen"
+
+    def _start(self, recipe: TrainRecipe) -> tuple[Optional[Version], Optional[str]]:
+        """The version whose tensors are gone on with, or why there is none."""
+        live = self.store.live()
+        why = why_anew(
+            recipe.start, live, backbone_digest=self.backbone.weights_id, labels=self.labels,
+            recipe={**asdict(recipe), "options": self.row.options}, validation=[c.case for c in self._of("val")],
+        )  # fmt: skip
+        return (None if why else live), why
 
     def _split(self) -> dict[str, str]:
         patients = {c.case: patient_of(c) for c in self.cases}
@@ -153,13 +166,16 @@ class _Training:
             logger.warning(sentence)
         torch.manual_seed(self.recipe.seed)
         model = Learned(self.row, self.backbone, len(self.labels), self.recipe.preset).to(self.engine.device())
+        if self.start:
+            model.restore(self.store.tensors(self.start))
+        start = f"Goes on from {self.start.name}." if self.start else f"Starts anew: {self.why_anew}."
         batches = Batches(model, all_slices(self._of("train")), self.recipe)
-        plan = f"{len(self._of('train'))} cases to train, {len(self._of('val'))} to validate. {batches.plan()}"
+        plan = f"{len(self._of('train'))} cases to train, {len(self._of('val'))} to validate. {start} {batches.plan()}"
         logger.info("preset %s: %s", self.recipe.preset, plan)
-        notes = {"plan": plan, "left_out": self.left_out}
-        self._tell(notes)
+        self.notes = {"plan": plan, "left_out": self.left_out}
+        self._tell(self.notes)
         work = Run(model, batches, self._of("val"), self.labels, self.recipe, self.folder)
-        metrics = fit(work, lambda entry: self._tell({**entry, **notes}))
+        metrics = fit(work, lambda entry: self._tell({**entry, **self.notes}))
         pairs = calibration_pairs(model, self._of("val"), self.labels, metrics["cases"], encoded(model))
         return self._publish(model, {**metrics, CALIBRATION: pairs})
 
@@ -198,7 +214,7 @@ class _Training:
         logger.info("%s %s: %s", version.name, "is live" if better else "is stored, not live", reason)
         self._archive(version)
         done = {"version": version.name, "live": better, "reason": reason, "dice": metrics["dice"]}
-        ended = {**_read(self._run_of(version) / PROGRESS), **done, "left_out": self.left_out}
+        ended = {**_read(self._run_of(version) / PROGRESS), **done, **self.notes}
         self._tell(ended)
         done["report"] = self._report(model, version, live, before)
         self._tell({**ended, **done})

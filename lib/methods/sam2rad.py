@@ -71,6 +71,7 @@ class Sam2Rad(nn.Module):
     """Class queries and the prompt predictor."""
 
     mask_token = 0
+    picks = True
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__()
@@ -87,10 +88,10 @@ class Sam2Rad(nn.Module):
             None if spec.has_obj_score else nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
         )
 
-    def propose(self, features: Features) -> Proposal:
-        """Prompts of all classes for B images."""
+    def propose(self, features: Features, classes: Optional[Tensor] = None) -> Proposal:
+        """Prompts of all classes for B images, or of ``(B,)`` one class each."""
         images = features.embed.shape[0]
-        queries = self.queries.repeat(images, 1, 1)  # (N, T, E), classes inside
+        queries = self.queries.repeat(images, 1, 1) if classes is None else self.queries[classes]  # classes inside
         tokens, masks, boxes = self.predictor(features, queries)
         side = self.spec.input_size
         prompts = PromptSet(boxes_xy=boxes * side - 0.5, masks=masks, tokens=tokens[:, BOX_TOKENS:])

@@ -10,7 +10,6 @@ from lib.contracts import Features, Hooks, PromptSet, Proposal
 from lib.errors import ConfigError
 from lib.learned import Learned, combine, rows
 from lib.loading import load_backbone
-from lib.train_loop import step_loss
 
 
 @pytest.fixture(autouse=True)
@@ -129,15 +128,3 @@ def test_combine_reaches_label_255() -> None:
     masks = torch.full((1, 255, 1, 1), -1.0)
     masks[0, 254] = 1.0
     assert combine(masks, torch.ones(1, 255)).item() == 255
-
-
-@pytest.mark.parametrize("present, assisted", [(0, False), (1, True)])
-def test_step_loss_asks_about_present_pairs_only(present, assisted) -> None:
-    model = learned().train()
-    target = torch.zeros(2, 2, 16, 16)
-    target[:present, :1, 4:12, 4:12] = 1
-    loss, parts = step_loss(model, encoded(model, 2), target, "plain", 3)
-    assert torch.isfinite(loss) and ("assisted" in parts) == assisted
-    loss.backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.method.parameters() if p.grad is not None)
-    assert parts["loss"] == pytest.approx(sum(v for k, v in parts.items() if k != "loss"), rel=1e-5)

@@ -14,10 +14,11 @@ import torch
 from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.exception import MONAILabelException
 
-from lib import train_loop
+from lib import train_loop, train_step
 from lib.errors import WeightsError
 from lib.evaluate import evaluate
 from lib.learned import Learned
+from lib.train_loop import Run
 from lib.versions.store import VersionStore
 from tests.cases import LABELS, ROW, draw, settings, store_at, write_case
 from tests.dicom_files import save as save_series
@@ -100,6 +101,7 @@ def test_stored_cases_are_images_with_a_final_label(world: World) -> None:
 def test_config_offers_the_default_first(world: World) -> None:
     config = world.task.config()
     assert config["preset"] == ["auto", "frozen", "adapters", "full"]
+    assert config["start"] == ["live", "new"]
     assert all(config[key] == getattr(ROW.recipe, key) for key in ("epochs", "loss", "lr", "patience"))
     json.dumps(world.task.info())
 
@@ -205,7 +207,7 @@ def test_wrong_option_is_named(world: World, request_: dict[str, Any], words: st
 
 
 def test_loss_that_is_no_number_reaches_the_client(world: World, monkeypatch) -> None:
-    monkeypatch.setattr(train_loop, "step_loss", lambda *_: (torch.zeros(()), {"loss": float("nan")}))
+    monkeypatch.setattr(train_step, "step_loss", lambda *_: (torch.zeros(()), {"loss": float("nan")}))
     with pytest.raises(MONAILabelException, match="loss became nan in step 1"):
         world.fill(2).train()
     assert "smaller lr" in world.task.stats()["error"]
@@ -289,6 +291,32 @@ def test_better_challenger_goes_live(world: World, dice) -> None:
         assert world.versions.live_name() == name
 
 
+def test_next_training_goes_on_from_the_live_version_unless_told_not_to(world: World, dice, monkeypatch) -> None:
+    begun: list[dict[str, torch.Tensor]] = []
+    fit = adapt.fit
+
+    def begin(work: Run, *more: Any) -> dict[str, Any]:
+        begun.append({name: tensor.clone() for name, tensor in work.model.trained().items()})
+        return fit(work, *more)
+
+    monkeypatch.setattr(adapt, "fit", begin)
+    dice(0.5)
+    world.fill(4).train()
+    assert "Starts anew: no version is live." in world.task.stats()["plan"]
+    world.add("c4", 4)
+    dice(0.0)  # refused: the third begins with the first too
+    world.train()
+    assert "Goes on from v0001." in world.task.stats()["plan"]
+    world.train(start="new")
+    assert "Starts anew: the recipe says so." in world.task.stats()["plan"]
+    first, second, third = begun
+    live = world.versions.tensors(world.versions.get("v0001"))
+    assert all(torch.equal(second[name], tensor) for name, tensor in live.items())
+    assert all(torch.equal(third[name], tensor) for name, tensor in first.items())
+    assert any(not torch.equal(second[name], tensor) for name, tensor in first.items())
+    assert [world.versions.get(f"v000{n}").recipe["start"] for n in (1, 2, 3)] == ["new", "v0001", "new"]
+
+
 def test_incumbent_is_compared_by_name_when_labels_are_added(world: World, dice, monkeypatch) -> None:
     only_big = {"label_info": INFO["label_info"][:1]}
     for n in range(4):
@@ -359,7 +387,7 @@ def test_killed_while_storing_leaves_no_half_version_and_goes_on_without_trainin
         with pytest.raises(KilledError):
             world.fill(4).train()
     assert (world.versions.list(), world.versions.live_name()) == ([], None)
-    monkeypatch.setattr(train_loop, "step_loss", _raise(AssertionError("trained again")))
+    monkeypatch.setattr(train_step, "step_loss", _raise(AssertionError("trained again")))
     assert world.train()["version"] == "v0001"
     assert [v.name for v in world.versions.list()] == ["v0001"]
 

@@ -24,7 +24,7 @@ from lib.errors import ConfigError, VolumeError
 from lib.evaluate import encoded, evaluate
 from lib.learned import Learned, fitted
 from lib.train_data import Batches, all_slices
-from lib.train_loop import step_loss
+from lib.train_step import step_loss
 from lib.types import Click, UserPrompts, Window
 from lib.versions.store import open_store
 from tests.cases import LABELS, SHAPE, settings, write_case

@@ -18,7 +18,7 @@ from lib.contracts import Features, Method, PromptSet
 from lib.decoder import decode
 from lib.errors import WeightsError
 from lib.learned import PRESETS, Learned, read_token
-from lib.train_loop import step_loss
+from lib.train_step import step_loss
 
 CLASSES = 3
 BACKBONES = ("tiny", "compact", "sam_vit_b", "sam2.1_tiny", "mobile_sam")

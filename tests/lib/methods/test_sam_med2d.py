@@ -29,7 +29,7 @@ from lib.methods.sam_med2d import (
 )  # fmt: skip
 from lib.nn.adapters import ParallelAdapter, clone, inject, parallel
 from lib.nn.losses import dice_loss, focal_loss
-from lib.train_loop import losses_of
+from lib.train_step import losses_of
 
 SPEC = BackboneSpec("x", "sam1", 64, "squash", prompt_width=32, pyramid=(("a", 16, 8), ("b", 16, 8)))
 BLOCKS = r"enc\.block\[\d+\]"

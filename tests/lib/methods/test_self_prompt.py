@@ -29,7 +29,7 @@ from lib.methods.self_prompt import (
     losses,
 )
 from lib.nn.adapters import clone, inject
-from lib.train_loop import step_loss
+from lib.train_step import step_loss
 
 SPEC = BackboneSpec("x", "sam1", 64, "squash", prompt_width=32, pyramid=(("a", 16, 8), ("b", 16, 8)))
 CLASSES = 3
