@@ -70,6 +70,10 @@ class Desk:
         if self.scorer is not None:
             self.scorer.prepare(images)
 
+    def opened(self, image: Any, client: Any) -> None:
+        """A client asks about an image, which it may have opened by hand: nobody else is to be handed it."""
+        self.leases.opened(str(image), str(client or NOBODY))
+
     def strategies(self) -> dict[str, Strategy]:
         """By the names that clients show, the default first."""
         scorer = self.scorer

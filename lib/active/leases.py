@@ -1,16 +1,16 @@
 """Who is labelling which image: what was handed out lately, so that nobody else gets it too.
 
-A client's lease is on the image that it was handed last; asking for another one releases the former. Clients that give
-no name cannot be told apart, so each of their images stays leased. A lease ends after some time; a final label ends it
-by taking the image out of the candidates. Thread-safe. Not stored here: MONAI Label writes time and client of every
-hand-out into the datastore, from where :meth:`Leases.restore` takes them after a restart.
+A client's lease is on the image that it was handed or opened last; asking for another one releases the former. Clients
+that give no name cannot be told apart, so each of their images stays leased. A lease ends after some time; a final label
+ends it by taking the image out of the candidates. Thread-safe. Not stored here: MONAI Label writes time and client of
+every hand-out into the datastore, from where :meth:`Leases.restore` takes them after a restart.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 NOBODY = ""  # a client without a name
@@ -53,6 +53,18 @@ class Leases:
         with self._lock:
             self._last[image] = HandOut(client, self._clock())
 
+    def opened(self, image: str, client: str) -> None:
+        """Leases an image that a client works on, however it came to it; not one that somebody else is labelling.
+
+        A client without a name takes none: whoever asked for all images in a row would keep them from everybody.
+        """
+        with self._lock:
+            lately = self._lately()
+            other = lately.get(image)
+            released = other is not None and other.client != NOBODY and other.time_s < _newest(lately)[other.client]
+            if client and (other is None or released or other.client == client):
+                self._last[image] = HandOut(client, self._clock())
+
     def order(self, images: Sequence[str], client: str) -> tuple[list[str], list[str]]:
         """``(free, seen)``: images the client may get, and after those the ones it had lately, longest ago first.
 
@@ -60,7 +72,7 @@ class Leases:
         """
         with self._lock:
             lately = self._lately()
-        newest = {one.client: one.time_s for one in sorted(lately.values(), key=lambda one: one.time_s)}
+        newest = _newest(lately)
         free, seen = [], []
         for image in images:
             one = lately.get(image)
@@ -82,3 +94,8 @@ class Leases:
         since = self._clock() - self._period_s
         self._last = {image: one for image, one in self._last.items() if one.time_s > since}
         return self._last
+
+
+def _newest(lately: Mapping[str, HandOut]) -> dict[str, float]:
+    """When each client took its last image."""
+    return {one.client: one.time_s for one in sorted(lately.values(), key=lambda one: one.time_s)}

@@ -118,6 +118,14 @@ def test_app_scores_when_asked_and_not_by_itself(load, monkeypatch) -> None:
     assert app.next_sample({"strategy": "first"})["id"] == "case"
 
 
+def test_image_that_somebody_clicks_on_is_handed_to_nobody_else(load) -> None:
+    app = load()
+    app.infer(click(client_id="anna"))  # she opened it by hand
+    with pytest.raises(MONAILabelException, match="Others are labelling all 1 images"):
+        app.next_sample({"strategy": "first", "client_id": "bob"})
+    assert app.next_sample({"strategy": "first", "client_id": "anna"})["id"] == "case"
+
+
 def test_infer_kept_answer_says_who_wished_it(load, studies: Path) -> None:
     app = load()
     reply = app.infer(click(save="draft", client_id="anna", result_write_to_file=True))["params"]

@@ -79,3 +79,41 @@ def test_no_minutes_no_leases() -> None:
     found, _ = leases(0)
     found.take("a", "ann")
     assert found.order(IMAGES, "bob") == (IMAGES, [])
+
+
+def test_an_image_opened_by_hand_is_leased_and_releases_the_one_handed_out() -> None:
+    found, clock = leases()
+    found.take("a", "ann")
+    clock.now += 10
+    found.opened("b", "ann")
+    assert found.order(IMAGES, "bob") == (["a", "c"], [])
+    clock.now += 59 * 60
+    found.opened("b", "ann")  # still at work
+    clock.now += 59 * 60
+    assert found.order(IMAGES, "bob")[0] == ["a", "c"]
+
+
+def test_opening_takes_no_lease_from_anybody() -> None:
+    found, clock = leases()
+    found.take("a", "ann")
+    found.take("b", NOBODY)
+    clock.now += 1
+    found.opened("a", "bob")
+    found.opened("b", "bob")
+    assert found.order(IMAGES, "bob") == (["c"], [])
+    assert found.order(IMAGES, "ann") == (["c"], ["a"])
+
+
+def test_opening_what_was_released_leases_it() -> None:
+    found, clock = leases()
+    for image in ("a", "b"):
+        clock.now += 1
+        found.take(image, "ann")
+    found.opened("a", "bob")
+    assert found.order(IMAGES, "ann") == (["c"], ["b"])
+
+
+def test_clients_without_a_name_lease_nothing_by_opening() -> None:
+    found, _ = leases()
+    found.opened("a", NOBODY)
+    assert found.order(IMAGES, "bob") == (IMAGES, [])
