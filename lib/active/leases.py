@@ -1,9 +1,9 @@
 """Who is labelling which image: what was handed out lately, so that nobody else gets it too.
 
 A client's lease is on the image that it was handed or opened last; asking for another one releases the former. Clients
-that give no name cannot be told apart, so each of their images stays leased. A lease ends after some time; a final label
-ends it by taking the image out of the candidates. Thread-safe. Not stored here: MONAI Label writes time and client of
-every hand-out into the datastore, from where :meth:`Leases.restore` takes them after a restart.
+that give no name cannot be told apart, so each of their images stays leased. A lease ends after some time, and with a
+final label, which takes the image out of the candidates. Thread-safe. Not stored here: MONAI Label writes time and
+client of every hand-out into the datastore, from where :meth:`Leases.restore` takes them after a restart.
 """
 
 from __future__ import annotations
