@@ -23,13 +23,14 @@ from bench import common
 from bench.common import Report, Verdict, median, seconds
 from infers.learned import LearnedTask
 from lib.assisted import AssistedEngine
-from lib.config import AppSettings, TrainRecipe, method_row
+from lib.config import TrainRecipe, method_row
 from lib.contracts import PromptSet
 from lib.data.samples import TrainingCase
 from lib.data.volume import load_volume
 from lib.engine import Engine
 from lib.learned import Learned
 from lib.loading import load_backbone
+from lib.settings import AppSettings
 from lib.train_data import Batches, all_slices
 from lib.train_step import losses_of
 from lib.versions.record import Trained

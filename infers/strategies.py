@@ -27,7 +27,7 @@ from lib.active.leases import NOBODY, HandOut, Leases
 from lib.active.scorer import Case, Scorer
 from lib.active.selection import DISAGREEMENT, DIVERSITY, MIX, PREDICTED, STRATEGIES, Ranking, rank
 from lib.assisted import AssistedEngine
-from lib.config import AppSettings
+from lib.settings import AppSettings
 
 TEXTS = {
     MIX: "sum of the ranks of predicted_dice, disagreement and diversity",

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from lib.background import Background, Gate
 from lib.cache import EmbeddingCache, EmbeddingKey, Lru
-from lib.config import AppSettings
 from lib.contracts import Backbone, Features, PromptSet
 from lib.data.geometry import choose_axis, put_slice, slice_of, slice_size
 from lib.data.volume import load_volume
@@ -38,6 +37,7 @@ from lib.errors import ConfigError, PromptError, VolumeError
 from lib.loading import load_backbone
 from lib.prompts.user import SlicePrompts, by_slice, prompt_set
 from lib.propagate import SliceResult, StopRule, propagate
+from lib.settings import AppSettings
 from lib.timing import Timed
 from lib.transform import SliceTransform
 from lib.types import Prediction, UserPrompts, Volume

@@ -13,10 +13,11 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from lib.config import AppSettings, TrainRecipe, method_row
+from lib.config import TrainRecipe, method_row
 from lib.data.samples import LabelledCase, TrainingCase, load_case
 from lib.engine import Engine
 from lib.learned import Learned
+from lib.settings import AppSettings
 from lib.train_data import Batches, all_slices
 from lib.train_loop import Run, fit
 from lib.versions.record import Trained, Version

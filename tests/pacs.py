@@ -239,9 +239,10 @@ def random_version(state: Path, backbone: str, labels: tuple[str, ...]) -> None:
     """A live version of sam2rad that has learned nothing: enough to be listed, asked and stored."""
     import torch
 
-    from lib.config import AppSettings, method_row
+    from lib.config import method_row
     from lib.engine import Engine
     from lib.learned import Learned
+    from lib.settings import AppSettings
     from lib.versions.record import Trained
     from lib.versions.store import open_store
 

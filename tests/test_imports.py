@@ -18,8 +18,8 @@ BARE = ("lib.backbones.compact", "lib.contracts", "lib.decoder", "lib.nn", "lib.
 BARE_PACKAGES = {"torch", "numpy", "scipy"}
 # modules that the scheduler and command lines load without waiting for torch
 LIGHT = (
-    "lib.codes", "lib.config", "lib.errors", "lib.provenance", "lib.schedule_record", "lib.sessions", "lib.train_rules",
-    "lib.triggers", "lib.types", "lib.versions", "lib.weights", "trainers.gate", "trainers.schedule",
+    "lib.codes", "lib.config", "lib.errors", "lib.provenance", "lib.schedule_record", "lib.sessions", "lib.settings",
+    "lib.train_rules", "lib.triggers", "lib.types", "lib.versions", "lib.weights", "trainers.gate", "trainers.schedule",
 )  # fmt: skip
 SAM_PACKAGES = ("segment_anything", "sam2", "mobile_sam")
 

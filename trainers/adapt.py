@@ -22,7 +22,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 
 from lib.active.calibration import CALIBRATION
 from lib.active.evidence import calibration_pairs
-from lib.config import AppSettings, MethodRow, TrainRecipe, override
+from lib.config import MethodRow, TrainRecipe, override
 from lib.contracts import Backbone
 from lib.data.samples import (
     LabelledCase,
@@ -38,6 +38,7 @@ from lib.engine import Engine
 from lib.errors import AppError
 from lib.evaluate import encoded, evaluate
 from lib.learned import PRESETS, Learned, fitted
+from lib.settings import AppSettings
 from lib.train_data import Batches, all_slices
 from lib.train_loop import BEST, PROGRESS, STATE, Run, fit, write_json
 from lib.versions.gate import beats

@@ -40,9 +40,10 @@ from infers.request import read_save
 from infers.scoring import AgreementScoring, QualityScoring
 from infers.strategies import Desk
 from lib.assisted import AssistedEngine
-from lib.config import AppSettings, method_row
+from lib.config import method_row
 from lib.engine import Engine
 from lib.errors import ConfigError
+from lib.settings import AppSettings
 from lib.versions.report import report_file
 from lib.versions.store import open_store
 from trainers.adapt import AdaptTask
@@ -56,7 +57,7 @@ class AutoSamLabel(MONAILabelApp):
     Args:
         app_dir: this folder; nothing is written into it.
         studies: folder of images or DICOMweb address.
-        conf: ``--conf`` pairs, see :class:`lib.config.AppSettings`.
+        conf: ``--conf`` pairs, see :class:`lib.settings.AppSettings`.
 
     Raises:
         ConfigError: for a wrong ``--conf``; the server then does not start.

@@ -158,7 +158,7 @@ def test_python_exits_cleanly_while_the_background_encodes() -> None:
     """Without closing, the interpreter aborts: a daemon thread inside torch outlives it."""
     code = (
         "import tempfile, threading, torch\n"
-        "from lib.config import AppSettings\n"
+        "from lib.settings import AppSettings\n"
         "from lib.engine import Engine\n"
         "engine = Engine(AppSettings.from_conf({'backbone': 'tiny', 'cache_dir': tempfile.mkdtemp()}))\n"
         "begun = threading.Event()\n"

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from lib.config import AppSettings
 from lib.engine import Engine, SegmentOptions
 from lib.errors import ConfigError, PromptError, VolumeError
 from lib.propagate import StopRule
+from lib.settings import AppSettings
 from lib.types import Box, Click, UserPrompts
 
 ALONE = SegmentOptions(propagate=False)

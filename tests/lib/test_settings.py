@@ -5,8 +5,9 @@ from pathlib import Path
 import platformdirs
 import pytest
 
-from lib.config import AppSettings, TrainRecipe, method_names, method_row, override
+from lib.config import TrainRecipe, method_names, method_row, override
 from lib.errors import ConfigError
+from lib.settings import AppSettings
 
 # --conf, setting, value
 GOOD = [

@@ -7,8 +7,8 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from lib.config import AppSettings
 from lib.errors import ConfigError
+from lib.settings import AppSettings
 from lib.train_rules import Rules
 
 BERLIN = ZoneInfo("Europe/Berlin")
