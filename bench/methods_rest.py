@@ -57,7 +57,7 @@ def measure(method: str, folder: Path, minutes: float) -> dict[str, Any]:
     with labelled_server(method, folder) as (server, unseen), common.scratch_folder() as replies:
         started = time.monotonic()
         start_training(server, method=method, minutes=minutes)
-        while (status := training_status(server)) in ("PENDING", "RUNNING"):
+        while (status := training_status(server)) in ("SUBMITTED", "PENDING", "RUNNING"):
             if time.monotonic() - started > 60 * minutes + EXTRA_S:
                 raise TimeoutError(f"{method}: no end of the training")
             time.sleep(1)

@@ -46,7 +46,7 @@ def progress(server: Server, method: str = "sam2rad") -> dict[str, Any]:
 
 
 def training_status(server: Server) -> str:
-    """``PENDING``, ``RUNNING``, ``DONE``, ``ERROR`` or ``STOPPED``, as clients see it."""
+    """``SUBMITTED``, ``PENDING``, ``RUNNING``, ``DONE``, ``ERROR`` or ``STOPPED``, as clients see it."""
     return requests.get(f"{server.url}/train/", timeout=60).json()["status"]
 
 
@@ -57,7 +57,7 @@ def train(server: Server, *, method: str = "sam2rad", **options: Any) -> list[di
     while time.monotonic() < end:
         seen.append(progress(server, method))
         status = training_status(server)
-        assert status in ("RUNNING", "DONE", "PENDING"), requests.get(f"{server.url}/train/", timeout=60).text[-3000:]
+        assert status in ("SUBMITTED", "PENDING", "RUNNING", "DONE"), requests.get(f"{server.url}/train/", timeout=60).text[-3000:]
         if status == "DONE":
             return [*seen, progress(server, method)]
         time.sleep(2)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Optional
@@ -49,6 +50,7 @@ from lib.versions.store import VersionStore, open_store
 from lib.worst_cases import keep_worst
 
 logger = logging.getLogger(__name__)
+NICE = 10  # of the training's process: clicks on the server beside it go first
 SHOWN = (
     "preset", "start", "loss", "augment", "epochs", "minutes", "batch", "views", "lr", "backbone_lr", "patience",
     "memory_mb", "seed",
@@ -62,11 +64,14 @@ class AdaptTask(TrainTask):
         row: the method.
         settings: of the app.
         versions_dir: folder of trained versions of all methods.
+        alone: whether this process does nothing but train, so that it may give way to the server beside it.
     """
 
-    def __init__(self, row: MethodRow, settings: AppSettings, versions_dir: Path) -> None:
+    def __init__(
+        self, row: MethodRow, settings: AppSettings, versions_dir: Path, alone: Callable[[], bool] = lambda: False
+    ) -> None:
         super().__init__(f"{row.name}: learns prompts from the final labels")
-        self._row, self._settings, self._versions_dir = row, settings, versions_dir
+        self._row, self._settings, self._versions_dir, self._alone = row, settings, versions_dir, alone
 
     def config(self) -> dict[str, Any]:
         """Options that clients show; a list is a choice whose first item is the default."""
@@ -89,6 +94,8 @@ class AdaptTask(TrainTask):
             MONAILabelException: with a sentence about what is missing or wrong; nothing has changed then.
         """
         store = open_store(self._versions_dir, self._row.name)
+        if self._alone() and hasattr(os, "nice"):
+            os.nice(NICE)
         try:
             return _Training(self._row, self._settings, store, request, stored_cases(datastore)).run()
         except AppError as error:

@@ -139,7 +139,10 @@ class AutoSamLabel(MONAILabelApp):
     def init_trainers(self) -> dict[str, TrainTask]:
         """One per learned method, under the same name as its autonomous task; OHIF shows and starts the first."""
         names = sorted(self.settings.models, key=lambda name: name != self.settings.train_default)
-        return {n: AdaptTask(method_row(n), self.settings, self.versions_dir) for n in names}
+        return {n: AdaptTask(method_row(n), self.settings, self.versions_dir, self._is_child) for n in names}
+
+    def _is_child(self) -> bool:
+        return not self._server_mode
 
     def init_batch_infer(self) -> BatchTask:
         """Pre-annotation of the whole store."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -462,6 +463,16 @@ def test_killed_run_is_dropped_for_another_question(world: World, monkeypatch, c
     interrupted(world.fill(4), monkeypatch, 3)
     change(world)
     assert first_step(world, monkeypatch, **request_) == 1
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_training_in_a_process_of_its_own_gives_way_to_clicks(world: World, monkeypatch, alone: bool) -> None:
+    steps: list[int] = []
+    monkeypatch.setattr(os, "nice", steps.append)
+    world.fill(2)
+    world.task = AdaptTask(ROW, settings(world.folder), world.folder / "state", lambda: alone)
+    world.train()
+    assert steps == ([adapt.NICE] if alone else [])
 
 
 def test_stats_without_a_run_and_with_a_broken_file_are_empty(world: World) -> None:
