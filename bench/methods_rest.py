@@ -28,7 +28,7 @@ from bench.methods import GOAL, by_patient
 from lib.config import method_names
 from lib.data.split import acdc_split
 from lib.train_loop import write_json
-from tests.labelling import ask, progress, save_labels, start_training, training_status, upload
+from tests.labelling import UNDER_WAY, ask, progress, save_labels, start_training, training_status, upload
 from tests.serving import Server, dice
 
 DATA = "acdc"
@@ -57,7 +57,7 @@ def measure(method: str, folder: Path, minutes: float) -> dict[str, Any]:
     with labelled_server(method, folder) as (server, unseen), common.scratch_folder() as replies:
         started = time.monotonic()
         start_training(server, method=method, minutes=minutes)
-        while (status := training_status(server)) in ("SUBMITTED", "PENDING", "RUNNING"):
+        while (status := training_status(server)) in UNDER_WAY:
             if time.monotonic() - started > 60 * minutes + EXTRA_S:
                 raise TimeoutError(f"{method}: no end of the training")
             time.sleep(1)

@@ -15,6 +15,7 @@ import requests
 from tests.serving import Server
 
 TRAINING_LIMIT_S = 600.0
+UNDER_WAY = ("SUBMITTED", "PENDING", "RUNNING")
 
 
 def upload(server: Server, files: Iterable[Path]) -> None:
@@ -57,7 +58,7 @@ def train(server: Server, *, method: str = "sam2rad", **options: Any) -> list[di
     while time.monotonic() < end:
         seen.append(progress(server, method))
         status = training_status(server)
-        assert status in ("SUBMITTED", "PENDING", "RUNNING", "DONE"), requests.get(f"{server.url}/train/", timeout=60).text[-3000:]
+        assert status in (*UNDER_WAY, "DONE"), requests.get(f"{server.url}/train/", timeout=60).text[-3000:]
         if status == "DONE":
             return [*seen, progress(server, method)]
         time.sleep(2)
