@@ -13,12 +13,12 @@ from typing import Any, Optional
 
 from infers.handedness import ORDERS, mirrored, slicer_reverses
 from infers.scribbles import uploaded_file
-from lib.config import SWITCH
 from lib.data.window import PRESETS
 from lib.data.write import FORMATS, NRRD_TYPES
 from lib.engine import SegmentOptions
 from lib.errors import PromptError
 from lib.plugins import did_you_mean
+from lib.settings import SWITCH
 from lib.types import UserPrompts, Volume
 
 AXES = ("auto", "i", "j", "k")
