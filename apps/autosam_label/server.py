@@ -36,7 +36,8 @@ from monailabel.interfaces.utils.app import app_instance
 
 for _name in (
     "monailabel.endpoints.infer", "monailabel.endpoints.activelearning", "monailabel.endpoints.session",
-    "monailabel.tasks.activelearning", "monailabel.utils.sessions", "monailabel.endpoints.datastore", "monailabel.datastore.local",
+    "monailabel.tasks.activelearning", "monailabel.utils.sessions", "monailabel.endpoints.datastore",
+    "monailabel.datastore.local",
     "monailabel.datastore.utils.dicom", "dicomweb_client",
 ):  # fmt: skip
     logging.getLogger(_name).setLevel(logging.WARNING)
