@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
 
+from infers.batch import MARK
 from lib.active.leases import NOBODY, HandOut, Leases
 from lib.active.scorer import Case, Scorer
 from lib.active.selection import DISAGREEMENT, DIVERSITY, MIX, PREDICTED, STRATEGIES, Ranking, rank
@@ -70,9 +72,14 @@ class Desk:
         if self.scorer is not None:
             self.scorer.prepare(images)
 
-    def opened(self, image: Any, client: Any) -> None:
-        """A client asks about an image, which it may have opened by hand: nobody else is to be handed it."""
-        self.leases.opened(str(image), str(client or NOBODY))
+    def opened(self, request: Mapping[str, Any]) -> None:
+        """A client asks about an image, which it may have opened by hand: nobody else is to be handed it.
+
+        A batch opens nothing, and an upload or a session is no image of the store.
+        """
+        image = str(request["image"])
+        if request.get(MARK) is not True and not os.path.isabs(image):
+            self.leases.opened(image, str(request.get("client_id") or NOBODY))
 
     def strategies(self) -> dict[str, Strategy]:
         """By the names that clients show, the default first."""

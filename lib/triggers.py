@@ -224,7 +224,7 @@ def _due(rules: Rules, record: Record, facts: Facts) -> Record:
 
 
 def _without_pointless(record: Record, labels: Mapping[str, str], now: datetime) -> Record:
-    """Drops a due time where another training would give the same: it is deterministic."""
+    """Drops a due time where no label has changed: there is nothing new to learn from."""
     if set(record.pending) != {"at"}:
         return record
     ended_well = record.run is not None and record.run.status is Status.DONE

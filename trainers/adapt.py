@@ -176,6 +176,7 @@ class _Training:
         model = Learned(self.row, self.backbone, len(self.labels), self.recipe.preset).to(self.engine.device())
         if self.start:
             model.restore(self.store.tensors(self.start))
+            model.warm_up = 0.0  # its prompts are good already
         start = f"Goes on from {self.start.name}." if self.start else f"Starts anew: {self.why_anew}."
         batches = Batches(model, all_slices(self._of("train")), self.recipe)
         plan = f"{len(self._of('train'))} cases to train, {len(self._of('val'))} to validate. {start} {batches.plan()}"

@@ -181,7 +181,7 @@ class AutoSamLabel(MONAILabelApp):
                 MONAILabelError.INVALID_INPUT, "save: expected an image of the datastore, received another."
             )
         self._records.asked(request)
-        self._desk.opened(request["image"], request.get("client_id"))
+        self._desk.opened(request)
         with giving_way(self.engine, request):
             result = super().infer({**request, "image": image}, datastore)
         self._records.answered(request, result, getattr(self._infers[request["model"]], "dimension", 3))

@@ -126,6 +126,12 @@ def test_image_that_somebody_clicks_on_is_handed_to_nobody_else(load) -> None:
     assert app.next_sample({"strategy": "first", "client_id": "anna"})["id"] == "case"
 
 
+def test_image_of_a_batch_stays_free(load) -> None:
+    app = load()
+    app.infer(click(client_id="anna", batch=True))
+    assert app.next_sample({"strategy": "first", "client_id": "bob"})["id"] == "case"
+
+
 def test_infer_kept_answer_says_who_wished_it(load, studies: Path) -> None:
     app = load()
     reply = app.infer(click(save="draft", client_id="anna", result_write_to_file=True))["params"]
