@@ -41,6 +41,15 @@ def told() -> Iterator[None]:
         raise MONAILabelException(MONAILabelError.APP_ERROR, str(error)) from error
 
 
+@contextmanager
+def asked_in_background() -> Iterator[None]:
+    """The server's exceptions as errors of ``lib``, for its background work, which tries again later."""
+    try:
+        yield
+    except MONAILabelException as error:
+        raise VolumeError(str(error.msg)) from error
+
+
 class EngineTask(InferTask):
     """A task over the shared engine.
 

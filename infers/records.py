@@ -26,7 +26,8 @@ from monailabel.interfaces.exception import MONAILabelException
 from infers.answers import Answer, Answers, Spot, together
 from infers.batch import MARK
 from infers.request import SEG
-from infers.stored import names_of, stored_map
+from infers.stored import hand_outs, stored_map
+from lib.data.samples import names_of
 from lib.errors import AppError
 from lib.provenance import Change, Kind, Provenance
 from lib.quality.agreement import changed_voxels, dice_by_label
@@ -120,8 +121,8 @@ class Records:
 
     def _seconds(self, store: Datastore, image: str, client: str) -> Optional[float]:
         """From the hand-out by an active learning strategy or the first question, whichever was first."""
-        handed = (store.get_image_info(image) or {}).get("strategy", {})
-        starts = [float(h["ts"]) for h in handed.values() if h.get("client_id") in (client, None) and "ts" in h]
+        handed = hand_outs(store.get_image_info(image) or {})
+        starts = [float(h["ts"]) for h in handed if h.get("client_id") in (client, None)]
         with self._lock:
             now, before = self._clock(), self._saved.get((image, client), 0.0)
             starts += [self._since[image, client]] if (image, client) in self._since else []

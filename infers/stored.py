@@ -13,7 +13,7 @@ import numpy as np
 from monailabel.interfaces.datastore import Datastore
 
 from lib.data.geometry import choose_axis
-from lib.data.samples import named_values, read_label
+from lib.data.samples import names_of, read_label
 from lib.quality.checks import LabelMap
 from lib.types import Volume
 
@@ -38,10 +38,15 @@ def stored_map(datastore: Datastore, image: str, tag: str, volume: Volume, label
     return label_map(volume, Path(datastore.get_label_uri(label, tag)), names_of(info), labels)
 
 
-def names_of(info: Mapping[str, Any]) -> dict[int, str]:
-    """Voxel value to name, out of what was saved with a label; a batch keeps the reply one level deeper."""
-    reply = info.get("params")
-    return named_values({**(reply if isinstance(reply, Mapping) else {}), **info})
+def hand_outs(info: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What MONAI Label wrote of an image's hand-outs by strategies, each with its ``ts``; clients may write there too.
+
+    Args:
+        info: of the image, as the datastore gives it.
+    """
+    found = info.get("strategy")
+    entries = found.values() if isinstance(found, Mapping) else ()
+    return [e for e in entries if isinstance(e, Mapping) and isinstance(e.get("ts"), (int, float))]
 
 
 def label_map(volume: Volume, path: Path, names: Mapping[int, str], labels: Sequence[str] = ()) -> LabelMap:

@@ -13,6 +13,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -24,7 +25,9 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
 
+from infers.base import asked_in_background
 from infers.batch import MARK
+from infers.stored import hand_outs
 from lib.active.leases import NOBODY, HandOut, Leases
 from lib.active.scorer import Case, Scorer
 from lib.active.selection import DISAGREEMENT, DIVERSITY, MIX, PREDICTED, STRATEGIES, Ranking, rank
@@ -55,8 +58,8 @@ class Desk:
         self.leases = Leases(settings.lease_minutes)
         self.scorer = assisted and Scorer(
             assisted,
-            lambda: list(stored(datastore())),
-            lambda image: datastore().get_image_uri(image),
+            partial(_cases, datastore),
+            partial(_fetched, datastore),
             most=settings.score_images,
             fetches=settings.score_fetches,
         )
@@ -213,13 +216,23 @@ def stored(datastore: Datastore) -> Iterator[Case]:
         yield Case(image, Path(path) if path else None, image in labelled)
 
 
+def _cases(datastore: Callable[[], Datastore]) -> list[Case]:
+    with asked_in_background():
+        return list(stored(datastore()))
+
+
+def _fetched(datastore: Callable[[], Datastore], image: str) -> str:
+    with asked_in_background():
+        return datastore().get_image_uri(image)
+
+
 def handed_out(datastore: Datastore) -> Iterator[tuple[str, HandOut]]:
     """What MONAI Label wrote down of every image's last hand-outs."""
     for image in list(datastore.list_images()):
         info = LocalDatastore.get_image_info(datastore, image) if isinstance(datastore, LocalDatastore) else {}
-        for one in info.get("strategy", {}).values():
+        for one in hand_outs(info):
             client = str(one.get("client_id") or NOBODY)
-            yield image, HandOut(NOBODY if client == UPSTREAM_NOBODY else client, float(one.get("ts", 0)))
+            yield image, HandOut(NOBODY if client == UPSTREAM_NOBODY else client, float(one["ts"]))
 
 
 def _path_here(datastore: Datastore, image: str) -> str:

@@ -171,7 +171,8 @@ class _Session:
         return torch.autocast(self.device.type, dtype=torch.float16, enabled=self.amp)
 
     def _after_step(self) -> None:
-        if time.monotonic() - self.saved > SAVE_S:
+        # not after an epoch's last step: a run that goes on from there would never validate that epoch
+        if time.monotonic() - self.saved > SAVE_S and self.trainer.state.iteration % self.run.steps:
             self.save()
         self._tell()
         if self._time_share() >= 1.0:
@@ -241,7 +242,10 @@ class _Session:
             "spent": self._time_spent(),
         }  # fmt: skip
         partial = self.run.folder / f"{STATE}.part"
-        torch.save(state, partial)
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, self.run.folder / STATE)
         self.saved = time.monotonic()
 
@@ -250,7 +254,11 @@ class _Session:
         path = self.run.folder / STATE
         if not path.exists():
             return
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # noqa: BLE001 - a file that a power cut left may raise anything
+            logger.warning("the state of the run cannot be read, so it starts anew: %s", type(error).__name__)
+            return
         self.run.model.restore(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]

@@ -244,7 +244,7 @@ def test_cases_to_train_on_carry_their_patient_and_not_its_name(
         one = series[name]
         file = write_label(store, one.uid, one.label(), tmp_path / f"{name}.nii.gz")
         store.save_label(one.uid, file, "final", {"label_info": [{"name": "liver", "idx": 1}]})
-    cases, left_out = usable_cases(stored_cases(store), ["liver"])
+    cases, left_out = usable_cases(stored_cases(store)[0], ["liver"])
     assert {c.case: c.patient for c in cases} == {
         series[name].uid: patient_key(series[name].folder) for name in ("mr", "ct")
     }
@@ -263,6 +263,8 @@ def test_seg_of_another_grid_is_passed_over(
     clean.upload([file])
     assert store.get_label_by_image_id(mr.uid, "final") == ""
     assert "passed over" in caplog.text and mr.uid not in caplog.text
+    cases, missing = stored_cases(store)
+    assert cases == [] and missing[0].startswith("1 final labels could not be read from the PACS")
 
 
 @pytest.mark.parametrize(

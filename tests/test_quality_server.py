@@ -110,7 +110,7 @@ def test_scoring_in_its_own_process_harms_nothing_and_is_shown(server: Server, t
     bad = draw(3)[1]
     bad[1, 1, 0] = 1
     assert put(server, tmp_path, "c3", bad).ok
-    assert requests.post(f"{server.url}/activelearning/random", json={}, timeout=60).ok
+    assert requests.post(f"{server.url}/activelearning/random", json={"client_id": "tester"}, timeout=60).ok
     assert requests.get(f"{server.url}/scoring/", timeout=60).status_code == 404  # a next sample starts none
     assert requests.post(f"{server.url}/scoring/quality", json={}, timeout=60).ok
     assert requests.post(f"{server.url}/scoring/quality?run_sync=true", json={}, timeout=60).status_code in (400, 429)

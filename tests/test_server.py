@@ -373,9 +373,7 @@ def test_reload_answers_as_before(server: Server, phantoms: dict[str, Phantom], 
 def test_nothing_is_left_behind_and_no_name_is_logged(server: Server) -> None:
     assert eventually(lambda: not [p for p in (server.scratch / "tmpdir").iterdir() if p.name.endswith(IMAGES)])
     assert not list((APP / "model").iterdir())
-    ours = [line for line in server.log.splitlines() if "(infers" in line or "(lib" in line or "autosam" in line]
-    assert not [line for line in ours if "axial" in line or "sagittal" in line]
-    assert "Infer Request" not in server.log
+    assert not [line for line in server.log.splitlines() if "axial" in line or "sagittal" in line]
 
 
 def test_plain_start_without_the_wrapper_works(tmp_path: Path, phantoms: dict[str, Phantom], backbone: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from filelock import FileLock, Timeout
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
 from monailabel.interfaces.tasks.train import TrainTask
@@ -30,13 +31,13 @@ from lib.data.samples import (
     TrainingCase,
     common_channels,
     labels_of,
-    named_values,
+    names_of,
     patient_of,
     usable_cases,
 )
 from lib.data.split import PinnedSplit
 from lib.engine import Engine
-from lib.errors import AppError
+from lib.errors import AppError, ConfigError
 from lib.evaluate import encoded, evaluate
 from lib.learned import PRESETS, Learned, fitted
 from lib.settings import AppSettings
@@ -97,10 +98,13 @@ class AdaptTask(TrainTask):
         if self._alone() and hasattr(os, "nice"):
             os.nice(NICE)
         try:
-            return _Training(self._row, self._settings, store, request, stored_cases(datastore)).run()
+            return _Training(self._row, self._settings, store, request, *stored_cases(datastore)).run()
         except AppError as error:
             self._tell_error(store, str(error))
             raise MONAILabelException(MONAILabelError.INVALID_INPUT, str(error)) from error
+        except MONAILabelException as error:  # the PACS, which says how it can be mended
+            self._tell_error(store, str(error.msg))
+            raise
         except Exception as error:  # such as a GPU's memory; its text may name files
             self._tell_error(store, f"{type(error).__name__}: the server's log says more.")
             raise
@@ -110,17 +114,19 @@ class AdaptTask(TrainTask):
         write_json(store.folder / PROGRESS, {**self.stats(), "error": sentence})
 
 
-def stored_cases(datastore: Datastore) -> list[LabelledCase]:
-    """Images with a final label."""
-    found = []
+def stored_cases(datastore: Datastore) -> tuple[list[LabelledCase], list[str]]:
+    """Images with a final label, and a sentence for those whose label a PACS has and does not give."""
+    found, missing = [], 0
     for image in sorted(datastore.get_labeled_images()):
         label = datastore.get_label_by_image_id(image, DefaultLabelTag.FINAL)
-        if not label:
+        if not label:  # its datastore has logged why
+            missing += 1
             continue
         info = datastore.get_label_info(label, DefaultLabelTag.FINAL) or {}
         files = datastore.get_image_uri(image), datastore.get_label_uri(label, DefaultLabelTag.FINAL)
-        found.append(LabelledCase(image, Path(files[0]), Path(files[1]), named_values(info)))
-    return found
+        found.append(LabelledCase(image, Path(files[0]), Path(files[1]), names_of(info)))
+    why = "final labels could not be read from the PACS: it does not answer, or they do not fit their series."
+    return found, [f"{missing} {why} The log names the reason of each."] if missing else []
 
 
 class _Training:
@@ -128,12 +134,13 @@ class _Training:
 
     def __init__(
         self, row: MethodRow, settings: AppSettings, store: VersionStore, request: Mapping[str, Any],
-        cases: Sequence[LabelledCase],
+        cases: Sequence[LabelledCase], missing: Sequence[str],
     ) -> None:  # fmt: skip
         self.store, self.settings = store, settings
         # without cases the next line says what is missing
         self.labels = labels_of(cases, settings.labels) if cases else settings.offered
-        self.cases, self.left_out = usable_cases(cases, self.labels)
+        self.cases, left_out = usable_cases(cases, self.labels)
+        self.left_out = [*missing, *left_out]
         self.channels = common_channels(self.cases)
         self.row = fitted(row, self.channels)
         self.engine = Engine(replace(settings, prefetch=False))
@@ -168,7 +175,22 @@ class _Training:
         return {case: pinned[patient] for case, patient in patients.items()}
 
     def run(self) -> dict[str, Any]:
-        """Trains, stores, gates."""
+        """Trains, stores, gates; alone in the folder of runs, where a server that was killed may have left one.
+
+        Raises:
+            ConfigError: where another training of this method is under way.
+        """
+        self.store.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.store.folder / ".training.lock", timeout=0):
+                return self._run()
+        except Timeout as error:
+            raise ConfigError(
+                f"Expected one training of {self.row.name} at a time; another process is at it, perhaps one that a "
+                "server which was killed has left. Wait until it has finished, or end it."
+            ) from error
+
+    def _run(self) -> dict[str, Any]:
         self._take_up()
         for sentence in self.left_out:
             logger.warning(sentence)

@@ -1,11 +1,13 @@
 """The app that MONAI Label's loader executes under the module name ``main``, in the server and in every training child.
 
 It puts the repository root on the path, forgets our own packages of an earlier load (``/reload`` executes this file
-again), and wires the tasks to one engine. Building the app loads no weights, downloads nothing and writes no file.
+again), switches off upstream's log lines that name images, and wires the tasks to one engine. Building the app loads no
+weights, downloads nothing and writes no file.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -15,7 +17,7 @@ from typing import Any, Optional
 
 from monailabel.config import settings as upstream
 from monailabel.interfaces.app import MONAILabelApp
-from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelError, MONAILabelException
 from monailabel.interfaces.tasks.infer_v2 import InferTask
 from monailabel.interfaces.tasks.scoring import ScoringMethod
@@ -49,6 +51,14 @@ from lib.versions.store import open_store
 from trainers.adapt import AdaptTask
 from trainers.gate import UpstreamGate
 from trainers.schedule import Scheduler
+
+UPSTREAM_NAMES_IMAGES = (
+    "monailabel.endpoints.infer", "monailabel.endpoints.activelearning", "monailabel.endpoints.session",
+    "monailabel.endpoints.datastore", "monailabel.tasks.activelearning", "monailabel.utils.sessions",
+    "monailabel.datastore.local", "monailabel.datastore.dicom", "monailabel.datastore.utils", "dicomweb_client",
+)  # fmt: skip
+for _name in UPSTREAM_NAMES_IMAGES:
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 
 class AutoSamLabel(MONAILabelApp):
@@ -173,6 +183,11 @@ class AutoSamLabel(MONAILabelApp):
                 MONAILabelError.INVALID_INPUT, "label_tag: expected letters, digits and dashes, such as original."
             )
         store = datastore or self.datastore()
+        if request.get("save_label") and tag == DefaultLabelTag.FINAL.value:
+            raise MONAILabelException(
+                MONAILabelError.INVALID_INPUT,
+                "label_tag: expected a draft's, received final. Send save=final instead: that label says who made it.",
+            )
         with told():
             keep_as = read_save(request)
         image = self._known_image(request.get("image"), store)

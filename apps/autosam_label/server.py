@@ -5,7 +5,7 @@ plain function, which FastAPI runs in its thread pool, in front of upstream's ro
 authentication and meaning; DICOM SEG comes from our own writer. ``POST /train/`` starts one training and not all;
 ``/schedule`` shows, pauses and resumes the training schedule; ``/versions`` and ``/quality`` hand out reports; a label
 that is saved gets the record of how it came about. Errors become JSON with a ``detail`` that both clients show, in
-place of a bare 500. Upstream's log lines that name images are switched off.
+place of a bare 500.
 Imports nothing of ours, so that ``/reload`` can replace our packages under it; the server works without this file,
 only less well.
 """
@@ -13,7 +13,6 @@ only less well.
 from __future__ import annotations
 
 import json
-import logging
 import re
 from typing import Any, Literal, Optional
 
@@ -33,14 +32,6 @@ from monailabel.interfaces.exception import (
     MONAILabelException,
 )
 from monailabel.interfaces.utils.app import app_instance
-
-for _name in (
-    "monailabel.endpoints.infer", "monailabel.endpoints.activelearning", "monailabel.endpoints.session",
-    "monailabel.tasks.activelearning", "monailabel.utils.sessions", "monailabel.endpoints.datastore",
-    "monailabel.datastore.local",
-    "monailabel.datastore.utils.dicom", "dicomweb_client",
-):  # fmt: skip
-    logging.getLogger(_name).setLevel(logging.WARNING)
 
 _upstream = len(app.router.routes)
 PAGE_HEADERS = {

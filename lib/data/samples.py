@@ -100,7 +100,13 @@ def named_values(info: Mapping[str, Any]) -> dict[int, str]:
     names = info.get("label_names")
     if not found and isinstance(names, Mapping):
         found = {value: name for name, value in names.items() if isinstance(value, int)}
-    return {value: name for value, name in found.items() if value > 0}
+    return {value: name for value, name in found.items() if 0 < value <= MAX_VALUE}
+
+
+def names_of(info: Mapping[str, Any]) -> dict[int, str]:
+    """Voxel value to name, out of what was saved with a label; a batch keeps the reply one level deeper."""
+    reply = info.get("params")
+    return named_values({**(reply if isinstance(reply, Mapping) else {}), **info})
 
 
 def labels_of(cases: Sequence[LabelledCase], configured: Sequence[str] = ()) -> tuple[str, ...]:

@@ -182,6 +182,11 @@ def test_infer_id_wins_over_a_file_of_the_working_directory(load, tmp_path: Path
     assert load().infer(click())["params"]["axis"] == "k"
 
 
+def test_infer_answer_does_not_become_a_final_label_without_a_record(load) -> None:
+    with pytest.raises(MONAILabelException, match="save=final"):
+        load().infer(click(save_label=True, label_tag="final"))
+
+
 @pytest.mark.parametrize("tag", ["../../x", "/x", "", "a/b", 5])
 def test_infer_label_tag_stays_inside_the_store(load, tag: Any) -> None:
     with pytest.raises(MONAILabelException, match="label_tag"):

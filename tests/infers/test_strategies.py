@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import requests
 from monailabel.datastore.local import LocalDatastore
-from monailabel.interfaces.exception import MONAILabelException
+from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
 
 from infers.strategies import Desk, stored
 from lib.active.scorer import FORMULA, Scorer, Scores
@@ -151,6 +152,30 @@ def test_leases_survive_a_restart(assisted, datastore, monkeypatch) -> None:
     second = desk(assisted, again, monkeypatch, **KNOWN)
     assert ask(second, "predicted_dice", again, "eve")["id"] == "d"
     assert ask(second, "predicted_dice", again, "ann")["id"] == "a"  # hers is released, and she has seen it
+
+
+@pytest.mark.parametrize("wrong", ["mix", ["mix"], {"mix": "yesterday"}, {"mix": {"ts": "noon"}}, None])
+def test_hand_outs_that_a_client_wrote_wrongly_are_passed_over(assisted, datastore, monkeypatch, wrong) -> None:
+    datastore.update_image_info("a", {"strategy": wrong})
+    assert ask(desk(assisted, datastore, monkeypatch), "mix", datastore)["id"]
+
+
+def test_background_work_outlives_a_store_that_cannot_be_reached(assisted, monkeypatch) -> None:
+    """As a PACS that restarts: the scores come when it is back."""
+    asked, again = [], threading.Event()
+
+    def away() -> Any:
+        asked.append(1)
+        if len(asked) > 1:
+            again.set()
+        raise MONAILabelException(MONAILabelError.SERVER_ERROR, "Expected the PACS to answer.")
+
+    monkeypatch.setattr("lib.active.scorer.RETRY_S", 0.05)
+    found = Desk(assisted, settings(assisted.store.folder), away)
+    assert found.scorer is not None
+    found.start()
+    found.prepare([])  # somebody has asked: it scores without a version too
+    assert again.wait(30), "it does not ask again"
 
 
 def test_nothing_unlabelled_is_an_empty_reply(assisted, datastore, monkeypatch, tmp_path: Path) -> None:

@@ -97,16 +97,36 @@ def test_fit_killed_run_goes_on_to_the_same_end(make, tmp_path: Path, monkeypatc
     assert states[0]["scheduler"] == states[1]["scheduler"]
 
 
+def test_fit_killed_before_validation_still_validates_that_epoch(make, tmp_path: Path, monkeypatch) -> None:
+    wanted = fit(make(tmp_path / "a", epochs=1))
+    monkeypatch.setattr(train_loop, "SAVE_S", -1.0)
+    with pytest.raises(KilledError):
+        fit(make(tmp_path / "b", epochs=1), kill_at(4, []))
+    rest: list[dict[str, Any]] = []
+    assert fit(make(tmp_path / "b", epochs=1), rest.append) == wanted
+    assert rest[0]["step"] == 4
+
+
+@pytest.mark.parametrize("cut", [b"", b"half", b"PK\x03\x04"])
+def test_fit_starts_anew_where_the_state_cannot_be_read(make, tmp_path: Path, cut: bytes) -> None:
+    with pytest.raises(KilledError):
+        fit(make(tmp_path), kill_at(6, []))
+    (tmp_path / STATE).write_bytes(cut)
+    rest: list[dict[str, Any]] = []
+    fit(make(tmp_path), rest.append)
+    assert rest[0]["step"] == 1
+
+
 def test_fit_killed_while_saving_leaves_the_state_before(make, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(train_loop, "SAVE_S", -1.0)
     save, calls = torch.save, []
 
-    def cut(state: Any, path: Path) -> None:
-        calls.append(path)
+    def cut(state: Any, file: Any) -> None:
+        calls.append(file)
         if len(calls) == 3:
-            path.write_bytes(b"half")
+            file.write(b"half")
             raise KilledError
-        save(state, path)
+        save(state, file)
 
     monkeypatch.setattr(torch, "save", cut)
     with pytest.raises(KilledError):

@@ -93,8 +93,8 @@ def test_stored_cases_are_images_with_a_final_label(world: World) -> None:
     (world.studies / "unlabelled.nii.gz").write_bytes((world.studies / "c0.nii.gz").read_bytes())
     (world.studies / "guessed.nii.gz").write_bytes((world.studies / "c0.nii.gz").read_bytes())
     world.store().save_label("guessed", str(world.folder / "new" / "labels_in" / "c0.nii.gz"), "original", dict(INFO))
-    found = stored_cases(world.store())
-    assert [c.case for c in found] == ["c0", "c1"]
+    found, missing = stored_cases(world.store())
+    assert missing == [] and [c.case for c in found] == ["c0", "c1"]
     assert all(c.image.is_file() and c.label.parent.name == "final" for c in found)
     assert found[0].values == dict(enumerate(LABELS, 1))
 
@@ -448,6 +448,22 @@ def test_killed_run_goes_on_with_the_same_cases(world: World, monkeypatch) -> No
     interrupted(world.fill(4), monkeypatch, 3)
     assert first_step(world, monkeypatch) == 4
     assert first_step(world, monkeypatch) == 1  # that run is over, the next is a new one
+
+
+def test_second_training_of_the_same_method_is_refused(world: World, dice, monkeypatch) -> None:
+    """Such as one by hand while the one of a server that was killed still runs."""
+    second: list[str] = []
+
+    def meanwhile(*_: Any) -> Any:
+        with pytest.raises(MONAILabelException) as refused:
+            world.train()
+        second.append(str(refused.value.msg))
+        raise KilledError
+
+    monkeypatch.setattr(adapt, "fit", meanwhile)
+    with pytest.raises(KilledError):
+        world.fill(4).train()
+    assert "one training of sam2rad at a time" in second[0]
 
 
 CHANGES: list[tuple[Callable[[World], Any], dict[str, Any]]] = [

@@ -81,6 +81,7 @@ NAMED = [
     ({"label_names": {"liver": 1, "spleen": 2}}, {1: "liver", 2: "spleen"}),
     ({"label_names": {"background": 0, "liver": 1, "odd": "2"}}, {1: "liver"}),
     ({"label_names": ["liver"]}, {}),
+    ({"label_info": [{"name": "liver", "idx": 10**12}, {"name": "spleen", "idx": 2}]}, {2: "spleen"}),
     ({"label_info": [{"name": "drawn", "idx": 1}], "label_names": {"proposed": 1, "other": 2}}, {1: "drawn"}),
 ]
 
