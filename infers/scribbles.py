@@ -16,10 +16,10 @@ from typing import Any, Optional
 import numpy as np
 
 from lib.data.readers import read_nifti, read_nrrd, suffix_of
+from lib.data.samples import BACKGROUND
 from lib.errors import PromptError
 from lib.types import Index, Stroke
 
-BACKGROUND = "background"
 # Slicer's and OHIF's names for the two layers of their scribbles panels.
 FOREGROUND_LAYER, BACKGROUND_LAYER = "foreground_scribbles", "background_scribbles"
 MAP_READERS = {".nii": read_nifti, ".nii.gz": read_nifti, ".nrrd": read_nrrd}

@@ -50,11 +50,13 @@ class Desk:
         assisted: engine of the method whose doubts count; None leaves upstream's strategies alone.
         settings: of the app.
         datastore: gives the app's store; it is asked when it is needed.
+        training: whether a training runs, beside which nothing is scored.
     """
 
     def __init__(
-        self, assisted: Optional[AssistedEngine], settings: AppSettings, datastore: Callable[[], Datastore]
-    ) -> None:
+        self, assisted: Optional[AssistedEngine], settings: AppSettings, datastore: Callable[[], Datastore],
+        training: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
         self.leases = Leases(settings.lease_minutes)
         self.scorer = assisted and Scorer(
             assisted,
@@ -62,6 +64,7 @@ class Desk:
             partial(_fetched, datastore),
             most=settings.score_images,
             fetches=settings.score_fetches,
+            resting=training,
         )
         self._datastore, self._lock, self._restored = datastore, threading.Lock(), False
 

@@ -80,8 +80,9 @@ class AutoSamLabel(MONAILabelApp):
         self._assisted = {name: self._assist(name) for name in self.settings.models}
         self._records = Records(self.engine.open, lambda: live_versions(self._assisted))
         trained = self.settings.train_default or next(iter(self.settings.models), "")
-        self._desk = Desk(self._assisted.get(trained), self.settings, self.datastore)
-        self.schedule = Scheduler(self.settings.rules, self.versions_dir, gate=UpstreamGate(self, trained))
+        gate = UpstreamGate(self, trained)
+        self._desk = Desk(self._assisted.get(trained), self.settings, self.datastore, gate.busy)
+        self.schedule = Scheduler(self.settings.rules, self.versions_dir, gate=gate)
         super().__init__(
             app_dir=app_dir,
             studies=studies,

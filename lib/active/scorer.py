@@ -81,13 +81,15 @@ class Scorer:
         fetch: path of an image, which a PACS sends first; empty where there is none.
         most: how many unlabelled images are scored; 0 for none.
         fetches: how many images may be fetched only to score them.
+        resting: whether a training has the processor now; images are prepared then, but none is scored. It would take
+            the training's time, and the version that comes out of that needs all scores anew.
     """
 
     def __init__(
         self, assisted: AssistedEngine, cases: Callable[[], Sequence[Case]], fetch: Callable[[str], str], *,
-        most: int, fetches: int,
+        most: int, fetches: int, resting: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
-        self.assisted = assisted
+        self.assisted, self._resting = assisted, resting
         self._cases, self._fetch, self._most, self._fetches_left = cases, fetch, most, fetches
         self._store = ScoreStore(assisted.store.folder / "scores")
         self._lock = threading.Lock()
@@ -188,6 +190,8 @@ class Scorer:
         return bool(score.raw) or self._key.startswith("plain-")
 
     def _score(self, case: Case) -> None:
+        if self._resting():
+            return
         live = self.assisted.live()
         if self._key_of(live) != self._key:  # the next look takes the new version up
             self._news.set()

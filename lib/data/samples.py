@@ -27,6 +27,7 @@ PATIENT_PATTERN = r"(.+?)_frame"
 # of the shortest voxel edge: a qform's rounding over 500 voxels stays below, another grid does not
 GRID_TOLERANCE = 0.1
 MAX_VALUE = 65535
+BACKGROUND = "background"
 MAX_UNNAMED = 32
 MAX_LABELS = 255  # class numbers are uint8
 PATIENTS_NEEDED = 2  # one to train on, one to validate
@@ -114,12 +115,14 @@ def labels_of(cases: Sequence[LabelledCase], configured: Sequence[str] = ()) -> 
 
     The configured ones; else all names that the files declare, by value; else, where no file declares any, ``label_1``
     to ``label_n`` for the highest value n <= 32 in the files, gaps included: a value keeps its name as cases come.
+    :data:`BACKGROUND`, which clients are offered for clicks on what is none of the labels, is no structure.
 
     Raises:
         ConfigError: for empty or repeated names, more than :data:`MAX_LABELS`, files that contradict each other, or
             nothing to name labels by.
     """
-    labels = tuple(configured) or _declared(cases) or _generic(cases)
+    named = [name for name in configured if name != BACKGROUND]
+    labels = tuple(named) or tuple(n for n in _declared(cases) if n != BACKGROUND) or _generic(cases)
     if not all(isinstance(name, str) and name.strip() for name in labels) or len(set(labels)) != len(labels):
         raise ConfigError(f"labels: expected distinct names; received {list(labels)}. Name every structure once.")
     if len(labels) > MAX_LABELS:
@@ -185,7 +188,7 @@ def load_case(case: LabelledCase, labels: Sequence[str]) -> TrainingCase:
     volume = load_volume(case.image)
     voxels, found = read_label(volume, case.label)
     numbers = _numbers(case, labels, found)
-    if not numbers:
+    if not any(numbers.values()):
         raise VolumeError("Expected a label with a structure; the file carries no labelled voxel. Label it or drop it.")
     lookup = np.zeros(max(found) + 1, np.uint8)
     lookup[list(numbers)] = list(numbers.values())
@@ -366,9 +369,10 @@ def _values(label: StoredImage) -> tuple[np.ndarray, list[int]]:
 def _numbers(case: LabelledCase, labels: Sequence[str], found: Sequence[int]) -> dict[int, int]:
     """Class number of each value in the file."""
     numbers = {name: number for number, name in enumerate(labels, start=1)}
+    numbers[BACKGROUND] = 0
     known = {value: numbers[name] for value, name in case.values.items() if name in numbers}
     if not case.values:
-        known = {number: number for number in numbers.values()}
+        known = {number: number for number in numbers.values() if number}
     unknown = [f"{value} ({case.values[value]!r})" if value in case.values else str(value) for value in found]
     unknown = [text for text, value in zip(unknown, found) if value not in known]
     if unknown:

@@ -1,13 +1,15 @@
 """AutoSAM: a network of its own looks at the image and fills SAM's dense prompt, one map per class (METHODS 2).
 
-Training moves this network only; its last layer starts at zero, so that step 0 is SAM without prompts. The network is
-any timm CNN with maps at strides 4, 8 and 16, with random weights, or HarDNet-85. ``head: light`` is the paper's
-ablation, which reads the masks from the maps without SAM's decoder. Frame: the backbone's normalised input, resized to
-``side``. Keeps batch statistics in training, no state between calls. Left out: ImageNet weights, a download.
+Training moves this network only; with SAM's decoder its last layer starts at zero, so that step 0 is SAM without
+prompts. The network is any timm CNN with maps at strides 4, 8 and 16, with random weights, or HarDNet-85. ``head:
+light`` is the paper's ablation, which reads the masks from the maps without SAM's decoder. Frame: the backbone's
+normalised input, resized to ``side``. Keeps batch statistics in training, no state between calls. Left out: ImageNet
+weights, a download.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,7 @@ from lib.nn.losses import mask_part, presence_loss, visible
 STRIDES = (4, 8, 16)
 LEAST_SIDE = 32
 CELL = 8  # pixels
+RARE = 0.05  # share of a slice that a structure covers, roughly
 HEADS = ("sam", "light")
 LOSSES = ("autosam", "plain")
 
@@ -75,6 +78,9 @@ class AutoSam(nn.Module):
         self.maps = MapDecoder(channels, spec.prompt_width, config.classes)
         self.scale = nn.Parameter(torch.ones(()))
         self.light = light_head(spec.prompt_width) if config.head == "light" else None
+        if self.light is None:  # no prompt at step 0; light masks would be the same everywhere, and stay so
+            nn.init.zeros_(self.maps.last.weight)
+            nn.init.zeros_(self.maps.last.bias)  # type: ignore[arg-type]
         self.presence = nn.Linear(spec.prompt_width, 1) if config.presence else None
         if self.presence is not None:  # 0 counts as present
             nn.init.zeros_(self.presence.weight)
@@ -101,7 +107,7 @@ class AutoSam(nn.Module):
 
 
 class MapDecoder(nn.Module):
-    """Maps at strides 4, 8 and 16 to ``(B, K * E, I/4, I/4)``; the last layer starts at zero."""
+    """Maps at strides 4, 8 and 16 to ``(B, K * E, I/4, I/4)``."""
 
     def __init__(self, channels: tuple[int, int, int], width: int, classes: int) -> None:
         super().__init__()
@@ -109,8 +115,6 @@ class MapDecoder(nn.Module):
         self.up = nn.ModuleList([_fuse(coarse + middle, middle), _fuse(middle + fine, fine)])
         self.last = nn.Conv2d(width, width * classes, 3, padding=1)
         self.head = nn.Sequential(nn.Conv2d(fine, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
 
     def forward(self, maps: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """``maps`` finest first."""
@@ -129,12 +133,18 @@ def _fuse(inside: int, outside: int) -> nn.Sequential:
 
 
 def light_head(width: int) -> nn.Sequential:
-    """The ablation's h: ``(N, E, h, w)`` maps to ``(N, 1, 4h, 4w)`` mask logits."""
+    """The ablation's h: ``(N, E, h, w)`` maps to ``(N, 1, 4h, 4w)`` mask logits.
+
+    Its bias starts at the log-odds of :data:`RARE`: from 0 every weight moves together at first, only to make masks
+    small, which drives the maps into their tanh's ends, where they learn no more.
+    """
+    last = nn.Conv2d(width // 16, 1, 1)
+    nn.init.constant_(last.bias, math.log(RARE / (1 - RARE)))  # type: ignore[arg-type]
     return nn.Sequential(
         nn.ConvTranspose2d(width, width // 4, 3, stride=2, padding=1, output_padding=1),
         ChannelNorm(width // 4), nn.GELU(),
         nn.ConvTranspose2d(width // 4, width // 16, 2, stride=2), ChannelNorm(width // 16), nn.GELU(),
-        nn.Conv2d(width // 16, 1, 1),
+        last,
     )  # fmt: skip
 
 

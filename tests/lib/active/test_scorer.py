@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,8 +58,8 @@ def made(assisted: AssistedEngine, store: Store, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "LOOK_S", 0.05)
     found: list[Scorer] = []
 
-    def make(most: int = 100, fetches: int = 0) -> Scorer:
-        found.append(Scorer(assisted, store.cases, store.fetch, most=most, fetches=fetches))
+    def make(most: int = 100, fetches: int = 0, **more: Any) -> Scorer:
+        found.append(Scorer(assisted, store.cases, store.fetch, most=most, fetches=fetches, **more))
         found[-1].start()
         return found[-1]
 
@@ -167,6 +169,19 @@ def test_a_pacs_is_asked_for_few_images_and_only_when_somebody_asked(made, store
     until(lambda: not fetched or answered(scorer, "v0001", "img2"))
     time.sleep(0.3)
     assert store.fetched == fetched
+
+
+def test_nothing_is_scored_beside_a_training_but_images_are_prepared(made, assisted: AssistedEngine, store) -> None:
+    add_version(assisted.store, assisted.engine)
+    training = threading.Event()
+    training.set()
+    scorer = made(resting=training.is_set)
+    scorer.prepare(["img1"])
+    until(lambda: assisted.engine.info()["cache"]["slices"] > 0)
+    until(lambda: scorer.waiting() == 0)
+    assert not scorer.scores(store.names).known
+    training.clear()
+    until(lambda: answered(scorer, "v0001", "img1", "img2"))
 
 
 def test_no_more_images_are_scored_than_wanted(made, assisted: AssistedEngine, store: Store) -> None:

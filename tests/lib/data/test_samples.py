@@ -237,6 +237,13 @@ def test_usable_cases_of_only_bad_ones_says_why_and_stays_short(make):
     assert str(caught.value).endswith("3 more are left out.")
 
 
+def test_load_case_background_by_name_is_no_structure(make):
+    one = make("p0", label=mask(((5, 2, 5), (6, 6, 9))), values={5: "background", 6: "a"})
+    assert set(np.unique(load_case(one, ("a",)).target)) == {0, 1}
+    with pytest.raises(VolumeError, match="no labelled voxel"):
+        load_case(make("p1", label=mask(((5, 2, 5),)), values={5: "background"}), ("a",))
+
+
 def test_usable_cases_group_by_the_given_pattern(make):
     cases = [make("a-1"), make("a-2")]
     assert len(usable_cases(cases, ("a", "b"))[0]) == 2
@@ -252,6 +259,8 @@ def test_usable_cases_group_by_the_given_pattern(make):
         ([{0: "background", 2: "b", 1: "a"}, {}], (), ("a", "b")),
         ([{1: "a", 2: "b"}, {1: "b"}], ("b", "a"), ("b", "a")),
         ([{}, {}], ("x",), ("x",)),
+        ([{1: "a"}], ("a", "background"), ("a",)),  # offered for clicks on what is no structure
+        ([{1: "background", 2: "a"}], (), ("a",)),
         ([{}, {}], (), ("label_1", "label_2")),
     ],
 )
