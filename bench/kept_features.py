@@ -1,10 +1,12 @@
 """What keeping features changes: the time of a whole training of ten volumes, and not its result.
 
     python -m bench.kept_features [--data-dir DIR] [--steps 120] [--seeds 1 2 3] [--out FILE]
+    python -m bench.kept_features --drawn     # whole steps against those that draw one class per slice
 
 Ten hippocampus ``adapt`` cases, frozen preset on ``compact``. First the recipe as it ships, from cases in memory to the
 best epoch, with kept features. Then a shorter run per seed with features kept and with none kept; Dice on ten ``test``
-cases.
+cases. Drawn steps (:mod:`lib.train_step`) are made for large decoders; here ``compact`` takes them for once, as many as
+cost the same number of decoded pairs: a whole step decodes every class of a slice twice, a drawn one decodes one class.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ import torch
 from bench import common
 from bench.common import Report, Verdict
 from bench.learned_prompts import Data, read, split
+from lib import learned
 from lib.config import TrainRecipe, method_row
 from lib.evaluate import case_dice, encoded, segmented
 from lib.learned import Learned
@@ -49,18 +53,39 @@ def score(model: Learned, data: Data) -> float:
     )
 
 
+def drawn_steps(data: Data, short: TrainRecipe, seeds: list[int], report: Report, scratch: Path) -> None:
+    """Both kinds of step for the same number of decoded pairs."""
+    rows, dice = [], []
+    for seed in seeds:
+        pair = []
+        for name, grid, times in (("whole", learned.SMALL_GRID, 1), ("drawn", 0, 2 * len(data.labels))):
+            with mock.patch.object(learned, "SMALL_GRID", grid):
+                wanted = replace(short, seed=seed, steps=times * short.steps)
+                model, spent, _ = trained(data, wanted, scratch / f"{name}-{seed}")
+            pair.append(score(model, data))
+            rows.append((seed, name, wanted.steps, f"{pair[-1]:.4f}", f"{spent:.0f}"))
+        dice.append(pair)
+    report.table("Whole and drawn steps", ("seed", "steps are", "steps", "test Dice", "seconds"), rows)
+    apart = [drawn - whole for whole, drawn in dice]
+    report.add("", f"Drawn - whole, mean over seeds: {np.mean(apart):+.4f} ({min(apart):+.4f} to {max(apart):+.4f}).")
+
+
 def main() -> int:
     """Command line."""
     parser = common.arguments(__doc__)
     parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"))
     parser.add_argument("--steps", type=int, default=120, help="of each short run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--drawn", action="store_true", help="compare kinds of step instead")
     options = parser.parse_args()
     report = Report("Kept features", options.out)
     data = read(options.data_dir / "hippocampus", "hippocampus", CASES)
     recipe = replace(method_row("sam2rad").recipe, preset="frozen")
     short = replace(recipe, epochs=1, steps=options.steps)
     with common.scratch_folder() as scratch:
+        if options.drawn:
+            drawn_steps(data, short, options.seeds, report, scratch)
+            return 0
         rows, dice = [], []
         for seed in options.seeds:
             pair = []
