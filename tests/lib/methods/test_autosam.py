@@ -13,7 +13,7 @@ from lib.config import from_mapping, method_row
 from lib.contracts import BackboneSpec, Features, PromptSet, Proposal, image_tap
 from lib.decoder import decode
 from lib.errors import ConfigError
-from lib.learned import rows
+from lib.learned import Answer, rows
 from lib.methods.autosam import LOSSES, Config, MapDecoder, build, light_head, losses, trunk
 from lib.nn.hardnet import Block, HarDNet
 
@@ -137,6 +137,30 @@ def test_light_head_answers_without_sam_until_the_user_speaks(learn) -> None:
     assert not torch.allclose(model.decode(features, proposal, click, index)[1].masks, answer.masks, atol=1e-3)
     answer.masks.sum().backward()
     assert model.method.light[0].weight.grad.abs().max() > 0 and model.method.maps.last.weight.grad.abs().max() > 0
+
+
+def test_light_head_learns_where_a_small_thing_is(learn) -> None:
+    """With maps that start at zero all masks stay the same everywhere, and shrink to nothing."""
+    model = learn("autosam", "tiny", {"head": "light"}).train()
+    rng = torch.Generator().manual_seed(1)
+    x = 0.1 * torch.randn(4, 3, *(model.spec.input_size,) * 2, generator=rng)
+    target = torch.zeros(4, 3, *(model.spec.mask_size,) * 2)
+    cell = model.spec.input_size // model.spec.mask_size
+    for n, k in ((n, k) for n in range(4) for k in range(3)):
+        i, j = 2 + 3 * n, 2 + 4 * k
+        target[n, k, i : i + 3, j : j + 3] = 1
+        x[n, :, i * cell : (i + 3) * cell, j * cell : (j + 3) * cell] += k - 3.0
+    features, flat = model.backbone.encode(x, model.method.taps), target.flatten(0, 1)
+    optimiser = torch.optim.AdamW(model.method.parameters(), lr=1e-3)
+    for _ in range(80):
+        proposal = model.propose(features)
+        answer = Answer(proposal.masks[:, 0], torch.ones(12), proposal.obj[:, 0])
+        optimiser.zero_grad()
+        sum(losses("plain", answer, proposal, flat, model.spec).values()).backward()
+        optimiser.step()
+    inside = (answer.masks * flat).sum((1, 2)) / flat.sum((1, 2))
+    outside = (answer.masks * (1 - flat)).sum((1, 2)) / (1 - flat).sum((1, 2))
+    assert (inside - outside).mean() > 0.1
 
 
 def test_presence_can_be_left_to_sam(learn) -> None:
