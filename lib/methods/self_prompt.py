@@ -279,10 +279,11 @@ def _deepest_xy(mask: np.ndarray) -> tuple[int, int]:
 
 
 def _box_xy(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Half-open, around the components that count."""
+    """Half-open, around the components that count: the largest does, however scattered the mask is."""
     parts, _ = ndimage.label(mask)
     sizes = np.bincount(parts.ravel())
-    kept = sizes >= SMALL * mask.sum()
+    sizes[0] = 0
+    kept = sizes >= min(SMALL * mask.sum(), sizes.max())
     kept[0] = False
     counted = kept[parts]
     rows, columns = np.flatnonzero(counted.any(1)), np.flatnonzero(counted.any(0))

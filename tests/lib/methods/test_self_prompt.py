@@ -126,6 +126,14 @@ def test_prompts_are_derived_by_hand() -> None:
     assert boxes[2].isnan().all()
 
 
+def test_box_of_a_mask_in_crumbs_is_around_the_largest_of_them() -> None:
+    """As at the start of a training: none of 256 parts is one per cent of them all."""
+    masks = torch.zeros(1, 64, 64, dtype=torch.bool)
+    masks[0, ::4, ::4] = True
+    masks[0, 20, 20:22] = True
+    assert derived(masks, 1.0)[1].tolist() == [[19.5, 19.5, 21.5, 20.5]]
+
+
 def test_log_odds_are_those_of_the_softmax() -> None:
     logits = torch.randn(2, 4, 3, 3)
     assert torch.allclose(log_odds(logits).sigmoid(), logits.softmax(1), atol=1e-6)
