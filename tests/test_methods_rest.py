@@ -19,7 +19,16 @@ from tests.serving import Server, running_server
 
 COUNT = 5  # one to validate, one that nobody labels
 # enough to find something: a version without any Dice is not put live
-FAST = {"preset": "full", "epochs": 2, "steps": 40, "batch": 4, "lr": 2e-3, "backbone_lr": 2e-3, "patience": 2}
+FAST = {
+    "preset": "full",
+    "loss": "plain",
+    "epochs": 2,
+    "steps": 120,
+    "batch": 4,
+    "lr": 2e-3,
+    "backbone_lr": 2e-3,
+    "patience": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +58,7 @@ def test_method_is_trained_answers_alone_and_takes_a_click(server: Server, metho
     assert server.info()["models"][f"{method}_edit"]["version_live"] is None and method not in server.info()["models"]
 
     last = train(server, method=method, **FAST)[-1]
-    assert (last["version"], last["live"], last["step"]) == ("v0001", True, 80), last
+    assert (last["version"], last["live"], last["step"]) == ("v0001", True, 240), last
     assert np.isfinite(last["loss"])
     assert server.info()["models"][method]["labels"] == {name: n for n, name in enumerate(cases.LABELS, start=1)}
 

@@ -83,12 +83,12 @@ def test_training_killed_twice_ends_as_if_it_had_not_been(tmp_path: Path) -> Non
 
     with running_server(tmp_path / "whole", tmp_path / "a", conf=CONF) as server:
         fill(server, files)
-        train(server, epochs=1, steps=8)
+        train(server, epochs=1, steps=40)
         uninterrupted = train(server, **LONG)[-1]
 
     with running_server(tmp_path / "killed", tmp_path / "b", conf=CONF) as server:
         fill(server, files)
-        assert train(server, epochs=1, steps=8)[-1]["version"] == "v0001"
+        assert train(server, epochs=1, steps=40)[-1]["version"] == "v0001"
         before = ask(server, tmp_path, "sam2rad", "case0")
         start_training(server, **LONG)
         resumable_step(server, at_least=31)
