@@ -18,8 +18,8 @@ from tests.labelling import ask, save_labels, train, upload
 from tests.serving import Server, running_server
 
 COUNT = 5  # one to validate, one that nobody labels
-# enough to find something: a version without any Dice is not put live; learning rates are the recipes' own, twice as much
-# ends in empty masks now and then
+# enough to find something: a version without any Dice is not put live; learning rates are the recipes' own, as twice as
+# much ends in empty masks now and then
 FAST = {"preset": "full", "loss": "plain", "epochs": 2, "steps": 120, "batch": 4, "patience": 2}
 
 

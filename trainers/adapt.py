@@ -139,7 +139,10 @@ class _Training:
         self.store, self.settings = store, settings
         # without cases the next line says what is missing
         self.labels = labels_of(cases, settings.labels) if cases else settings.offered
-        self.cases, left_out = usable_cases(cases, self.labels)
+        try:
+            self.cases, left_out = usable_cases(cases, self.labels)
+        except ConfigError as error:  # perhaps because the PACS kept labels back
+            raise ConfigError(" ".join([str(error), *missing])) from error
         self.left_out = [*missing, *left_out]
         self.channels = common_channels(self.cases)
         self.row = fitted(row, self.channels)

@@ -99,6 +99,13 @@ def test_stored_cases_are_images_with_a_final_label(world: World) -> None:
     assert found[0].values == dict(enumerate(LABELS, 1))
 
 
+def test_labels_that_the_pacs_keeps_back_are_named_where_too_few_are_left(world: World, monkeypatch) -> None:
+    monkeypatch.setattr(adapt, "stored_cases", lambda _: ([], ["3 final labels could not be read from the PACS."]))
+    with pytest.raises(MONAILabelException) as refused:
+        world.train()
+    assert "no final labels found" in str(refused.value.msg) and "3 final labels could not" in str(refused.value.msg)
+
+
 def test_config_offers_the_default_first(world: World) -> None:
     config = world.task.config()
     assert config["preset"] == ["auto", "frozen", "adapters", "full"]
