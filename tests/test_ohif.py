@@ -30,7 +30,7 @@ from tests.serving import Server, dice, ohif_click, read_mask, running_server, s
 LABELS = ("liver", "spleen")
 AFFINE = np.diag([-1.0, -1.0, 3.0, 1.0])
 REAL = "Study2/14-T1post-22014"
-EPOCHS, TRAINING_LIMIT_S = "2", 900.0
+EPOCHS, TRAINING_LIMIT_S = "3", 900.0
 OVERLAP = 0.9  # of coloured pixels with the projected label; outlines are a pixel wider than voxels
 
 pytestmark = [
@@ -310,7 +310,7 @@ def test_training_from_the_panel_ends_with_a_version_that_answers(
     mask = stored(ohif_click(server, "sam2rad", shown.uid), tmp_path)
     found = dice(mask, shown.truth)
     print(f"Dice {found:.3f} after {EPOCHS} epochs")
-    assert found > 0.7  # 0.759
+    assert found > 0.7
     overlap = ohif.shows(grid, mask > 0, OVERLAP)
     ohif.page.screenshot(path=tmp_path / "trained.png")
     assert overlap > OVERLAP

@@ -196,9 +196,18 @@ def test_window_is_part_of_the_question(live: AssistedEngine, volume: Volume) ->
 
 @pytest.fixture
 def asked(live: AssistedEngine, volume: Volume) -> dict[str, UserPrompts]:
-    """A click that excludes part of the large structure where it is largest, which changes something."""
+    """A click that excludes part of the large structure where it is largest, and changes something.
+
+    What a model of a few seconds makes of a click depends on the last digits of its training, which number of threads
+    and processor change: hence several places.
+    """
     mask = live.segment(volume, {}).mask
-    return {"big": click(voxel_of(mask, 1, slice_of_label(mask, 1)), positive=False)}
+    k = slice_of_label(mask, 1)
+    for i, j in np.argwhere(mask[:, :, k] == 1)[::4].tolist():
+        found = {"big": click((i, j, k), positive=False)}
+        if changed(live.segment(volume, found, ALONE).mask, mask):
+            return found
+    pytest.fail("no excluding click changes the automatic mask")
 
 
 def test_click_changes_its_slice_and_no_slice_that_is_not_listed(live: AssistedEngine, volume: Volume, asked) -> None:
