@@ -1,8 +1,9 @@
 """Autonomous and assisted segmentation with the live version of a learned method, over the engine's caches.
 
 Autonomous: all slices, all classes, nobody clicks; kept per volume, window, axis and version. Assisted: on slices with
-prompts, learned and user prompts go into one decoder call; the change is carried to the neighbours both ways while it
-changes anything, and every other slice is the autonomous one. Without a live version each label is plain SAM.
+prompts, learned and user prompts go into one decoder call, of which the change at the user's points is kept; it is
+carried to the neighbours both ways while it changes anything, and every other slice is the autonomous one. Without a
+live version each label is plain SAM.
 
 The answer depends on nothing but volume, prompts, options and version. Any number of threads may call it; a new live
 version is noticed with one look at a file and loaded once, while requests under way finish with the old one.
@@ -25,6 +26,7 @@ from lib.automatic import Automatic, gated
 from lib.cache import Lru
 from lib.config import MethodRow
 from lib.contracts import Features, PromptSet
+from lib.correction import Points, near_points, obeyed
 from lib.data.geometry import choose_axis, put_slice, slice_size, slice_view, to_slice_rc
 from lib.data.window import with_window
 from lib.engine import Engine, SegmentOptions
@@ -286,13 +288,23 @@ class _Job(Timed):
         """Answers by (slice, class) that differ from the autonomous ones."""
         found: dict[tuple[int, int], Answer] = {}
         for number, slices in corrections.items():
-            mine = {i: self.ask(i, number, prompt_set(p, self.transform), said=p.starts) for i, p in slices.items()}
+            mine = {i: self.corrected(automatic, i, number, p) for i, p in slices.items()}
             found |= {(i, number): answer for i, answer in mine.items()}
             if self.options.propagate and not self.options.planar:
                 for index in mine:
                     for path in (range(index + 1, self.volume.shape[self.axis]), range(index - 1, -1, -1)):
                         found |= self.carry(automatic, number, index, mine[index], path, mine.keys())
         return found
+
+    def corrected(self, automatic: Automatic, index: int, number: int, prompts: SlicePrompts) -> Answer:
+        """The answer on a slice with prompts; points mend what they lie in, a box speaks of the whole label."""
+        user = prompt_set(prompts, self.transform)
+        answer, points = self.ask(index, number, user, said=prompts.starts), Points.of(user, self.transform)
+        masks = gated(answer.masks, answer.obj)
+        if prompts.box_rc is None:
+            masks = near_points(masks, automatic.logits(index, number), points)
+        masks = obeyed(masks, points)
+        return Answer(masks, answer.iou, answer.obj.clamp(min=0.0) if bool((masks > 0).any()) else answer.obj)
 
     def carry(
         self, automatic: Automatic, number: int, seed: int, answer: Answer, path: range, prompted: Collection[int]

@@ -230,6 +230,35 @@ def test_click_without_propagation_stays_on_its_slice(live: AssistedEngine, volu
     assert found.edited == {"big": (k,)}
 
 
+@pytest.mark.parametrize("positive", [True, False])
+def test_clicked_voxels_are_what_the_user_said(live: AssistedEngine, volume: Volume, positive: bool) -> None:
+    mask = live.segment(volume, {}).mask
+    places = np.argwhere((mask == 1) != positive)[5::97].tolist()
+    assert len(places) > 3
+    for i, j, k in places:
+        found = live.segment(volume, {"big": click((i, j, k), positive=positive)}, ALONE)
+        assert (found.mask[i, j, k] == 1) == positive, (i, j, k)
+
+
+def test_box_speaks_of_the_whole_label_and_a_click_of_its_place(
+    live: AssistedEngine, volume: Volume, monkeypatch
+) -> None:
+    """The decoder finds two new parts; the click lies in one of them."""
+    left, right = (slice(5, 11), slice(2, 6)), (slice(5, 11), slice(10, 14))
+    drawn = torch.full((1, 16, 16), -4.0)
+    for part in (left, right):
+        drawn[0][part] = 4.0
+    monkeypatch.setattr(module._Job, "ask", lambda *_, **__: Answer(drawn, torch.tensor([0.9]), torch.tensor([5.0])))
+    nothing = torch.full((6, 2, 16, 16), -4.0).half()
+    empty = Automatic(np.zeros(volume.shape, np.uint8), nothing, torch.full((6, 2), 0.9), torch.full((6, 2), -5.0))
+    monkeypatch.setattr(module._Job, "_automatic", lambda _: empty)
+    there = UserPrompts((Click((16, 8, 3)),))
+    alone = live.segment(volume, {"big": there}, ALONE).mask[:, :, 3]
+    boxed = live.segment(volume, {"big": replace(there, boxes=(Box((2, 2, 3), (30, 34, 4)),))}, ALONE).mask[:, :, 3]
+    assert alone[:, :18].any() != alone[:, 18:].any()
+    assert boxed[:, :18].any() and boxed[:, 18:].any()
+
+
 def test_repeated_request_is_identical(live: AssistedEngine, volume: Volume, asked) -> None:
     first, again = live.segment(volume, asked), live.segment(volume, asked)
     assert np.array_equal(first.mask, again.mask)
