@@ -67,12 +67,13 @@ METHODS = (
     Entry("promise 5P", "promise", {"positive": 2, "negative": 3}),
     Entry("promise 3P", "promise", {"positive": 1, "negative": 2}),
     Entry("autosam frozen", "autosam", recipe={"preset": "frozen"}),  # the papers freeze all of SAM
+    Entry("autosam light frozen", "autosam", {"head": "light"}, {"preset": "frozen"}),
     Entry("promise frozen", "promise", recipe={"preset": "frozen"}),
 )
 METHOD_PAIRS = (
     *((e.name, "DynUNet") for e in METHODS[:5]),
     ("autosam", "autosam light"), ("autosam", "autosam frozen"), ("promise", "promise frozen"),
-    ("promise", "promise 5P"), ("promise 5P", "promise 3P"),
+    ("promise", "promise 5P"), ("promise 5P", "promise 3P"), ("autosam frozen", "autosam light frozen"),
 )  # fmt: skip
 
 

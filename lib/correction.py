@@ -24,34 +24,41 @@ OBEYED = 4.0  # logit at a point
 
 @dataclass(frozen=True)
 class Points:
-    """A user's points on one slice.
+    """Where a user's points lie on one slice.
 
     Args:
-        cells: ``(P, 2)`` float row and column; integers are the cells' centres.
-        positive: ``(P,)`` bool.
+        inside: ``(G, G)`` distances in cells to the nearest positive point; inf where there is none.
+        outside: the same of negative ones.
         radius: cells around a point that count as pointed at: a voxel, or a cell where that is more.
     """
 
-    cells: Tensor
-    positive: Tensor
+    inside: Tensor
+    outside: Tensor
     radius: float
 
     @classmethod
     def of(cls, prompts: PromptSet, transform: SliceTransform) -> Points:
         """Those of one pair (N = 1)."""
-        side = transform.spec.input_size / transform.spec.mask_size
+        grid = transform.spec.mask_size
+        side = transform.spec.input_size / grid
         voxel = max(inner / size for inner, size in zip(transform.inner, transform.size)) / side
         if prompts.points_xy is None or prompts.labels is None:
-            return cls(torch.zeros(0, 2), torch.zeros(0, dtype=torch.bool), max(1.0, voxel))
+            return cls.at(torch.zeros(0, 2), torch.zeros(0, dtype=torch.bool), max(1.0, voxel), grid)
         cells = (prompts.points_xy[0].flip(1) + 0.5) / side - 0.5
-        return cls(cells, prompts.labels[0] > 0, max(1.0, voxel))
+        return cls.at(cells, prompts.labels[0] > 0, max(1.0, voxel), grid)
 
-    def near(self, size: int, *, positive: bool) -> Tensor:
-        """``(size, size)`` distances in cells to the nearest such point; inf where there is none."""
-        cells = self.cells[self.positive == positive]
-        grid = torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij"), 2)
-        away = torch.cdist(grid.reshape(-1, 2).float(), cells.float()).reshape(size, size, -1)
-        return torch.cat([away, torch.full((size, size, 1), torch.inf)], 2).amin(2)
+    @classmethod
+    def at(cls, cells: Tensor, positive: Tensor, radius: float, grid: int) -> Points:
+        """Points at ``(P, 2)`` row and column, integers being the centres of cells, of which ``(P,)`` are positive."""
+        return cls(_distances(cells[positive], grid), _distances(cells[~positive], grid), radius)
+
+
+def _distances(cells: Tensor, grid: int) -> Tensor:
+    if not len(cells):
+        return torch.full((grid, grid), torch.inf)
+    every = torch.arange(grid, dtype=torch.float32)
+    down, across = every[:, None] - cells[:, 0], every[:, None] - cells[:, 1]  # (G, P) each
+    return (down[:, None] ** 2 + across[None] ** 2).amin(2).sqrt()
 
 
 def near_points(after: Tensor, before: Tensor, points: Points) -> Tensor:
@@ -62,16 +69,16 @@ def near_points(after: Tensor, before: Tensor, points: Points) -> Tensor:
         before: ``(1, G, G)`` logits without them.
         points: the user's.
     """
-    size = after.shape[-1]
-    parts = ndimage.label(((after > 0) != (before > 0))[0].numpy(), EIGHT)[0]
-    near = torch.minimum(points.near(size, positive=True), points.near(size, positive=False)) <= points.radius
-    there = np.isin(parts, np.setdiff1d(parts[near.numpy()], [0]))
-    return torch.where(torch.from_numpy(there), after, before)
+    parts, count = ndimage.label(((after > 0) != (before > 0))[0].numpy(), EIGHT)
+    kept = np.zeros(count + 1, bool)
+    kept[parts[(torch.minimum(points.inside, points.outside) <= points.radius).numpy()]] = True
+    kept[0] = False  # where nothing changed
+    return torch.where(torch.from_numpy(kept[parts]), after, before)
 
 
 def obeyed(logits: Tensor, points: Points) -> Tensor:
     """Logits ``(1, G, G)`` that are on the right side at every point; between two that disagree the nearer one counts,
     and a positive one where both are as near."""
-    inside, outside = (points.near(logits.shape[-1], positive=positive) for positive in (True, False))
-    found = torch.where((inside <= points.radius) & (inside <= outside), logits.clamp(min=OBEYED), logits)
-    return torch.where((outside <= points.radius) & (outside < inside), found.clamp(max=-OBEYED), found)
+    inside, outside, radius = points.inside, points.outside, points.radius
+    found = torch.where((inside <= radius) & (inside <= outside), logits.clamp(min=OBEYED), logits)
+    return torch.where((outside <= radius) & (outside < inside), found.clamp(max=-OBEYED), found)

@@ -22,7 +22,7 @@ def logits(*parts: tuple[slice, slice]) -> torch.Tensor:
 
 def points(*places: tuple[float, float, bool], radius: float = 1.0) -> Points:
     cells = torch.tensor([p[:2] for p in places], dtype=torch.float32).reshape(-1, 2)
-    return Points(cells, torch.tensor([p[2] for p in places], dtype=torch.bool), radius)
+    return Points.at(cells, torch.tensor([p[2] for p in places], dtype=torch.bool), radius, G)
 
 
 A, B, C = (slice(1, 4), slice(1, 4)), (slice(8, 12), slice(8, 12)), (slice(8, 12), slice(1, 4))
@@ -83,14 +83,15 @@ def test_points_of_voxels_lie_in_their_cells(size: tuple[int, int]) -> None:
     corner = torch.tensor([[0.0, 0.0], [size[0] - 1.0, size[1] - 1.0]]).numpy()
     found = Points.of(PromptSet(points_xy=transform.points_xy(corner)[None], labels=torch.tensor([[1, 0]])), transform)
     grid = transform.spec.mask_size
-    assert found.positive.tolist() == [True, False]
-    assert (found.cells > -0.5).all() and (found.cells < grid - 0.5).all() and found.radius >= 1.0
-    mask = torch.zeros(1, 1, *size)
-    mask[0, 0, 0, 0] = 1.0
-    row, column = divmod(int(transform.coverage(mask)[0, 0].argmax()), grid)
-    assert (found.cells[0] - torch.tensor([row, column])).abs().max() <= max(0.5, found.radius / 2) + 1e-4
+    mask = torch.zeros(2, 1, *size)
+    mask[0, 0, 0, 0] = mask[1, 0, -1, -1] = 1.0
+    covered = transform.coverage(mask)[:, 0]
+    for distances, share in zip((found.inside, found.outside), covered):
+        at = distances.argmin()
+        assert distances.shape == (grid, grid) and distances.min() <= 0.71
+        assert share.flatten()[at] >= 0.5 * share.max() and distances.flatten()[share.argmax()] <= found.radius
 
 
 def test_no_points_are_none() -> None:
     found = Points.of(PromptSet(), SliceTransform(SPEC, (20, 20)))
-    assert len(found.cells) == 0 and torch.equal(obeyed(logits(A), found), logits(A))
+    assert torch.isinf(found.inside).all() and torch.equal(obeyed(logits(A), found), logits(A))
