@@ -27,6 +27,7 @@ STRIDES = (4, 8, 16)
 LEAST_SIDE = 32
 CELL = 8  # pixels
 RARE = 0.05  # share of a slice that a structure covers, roughly
+SPREAD = 5.0  # times the usual weights of the light head's last layer
 HEADS = ("sam", "light")
 LOSSES = ("autosam", "plain")
 
@@ -136,9 +137,12 @@ def light_head(width: int) -> nn.Sequential:
     """The ablation's h: ``(N, E, h, w)`` maps to ``(N, 1, 4h, 4w)`` mask logits.
 
     Its bias starts at the log-odds of :data:`RARE`: from 0 every weight moves together at first, only to make masks
-    small, which drives the maps into their tanh's ends, where they learn no more.
+    small, which drives the maps into their tanh's ends, where they learn no more. The norm before the last layer bounds
+    what that can say: with its usual weights no logit would come above 0 within hundreds of steps.
     """
     last = nn.Conv2d(width // 16, 1, 1)
+    with torch.no_grad():
+        last.weight.mul_(SPREAD)
     nn.init.constant_(last.bias, math.log(RARE / (1 - RARE)))  # type: ignore[arg-type]
     return nn.Sequential(
         nn.ConvTranspose2d(width, width // 4, 3, stride=2, padding=1, output_padding=1),
