@@ -163,6 +163,14 @@ def test_light_head_learns_where_a_small_thing_is(learn) -> None:
     assert (inside - outside).mean() > 0.1
 
 
+@pytest.mark.parametrize("width", [64, 256])
+def test_light_head_starts_with_logits_of_some_spread(width: int) -> None:
+    """The norm before its last layer bounds it: with the usual weights there no logit comes above 0 for long."""
+    torch.manual_seed(1)
+    found = light_head(width)(torch.randn(4, width, 16, 16).tanh())
+    assert found.std() > 0.5 and found.mean() < -1
+
+
 def test_presence_can_be_left_to_sam(learn) -> None:
     model = learn("autosam", "tiny", {"presence": False})
     features = model.backbone.encode(pictures(model.spec), model.method.taps)
