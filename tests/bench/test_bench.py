@@ -102,7 +102,7 @@ def test_rows_give_every_structure_and_the_mean_of_its_dataset(case: Case) -> No
     assert [line[-2:] for line in lines] == [[0, 0], [0, 1], [0, 1]]
 
 
-@pytest.mark.parametrize("name", ["click_latency", "startup", "manual_prompts", "zero_shot"])
+@pytest.mark.parametrize("name", ["click_latency", "corrections", "startup", "manual_prompts", "zero_shot"])
 def test_every_bench_explains_itself(name: str) -> None:
     told = subprocess.run(
         [sys.executable, "-m", f"bench.{name}", "--help"], cwd=common.ROOT, capture_output=True, text=True, check=True
