@@ -14,19 +14,21 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.automatic import Automatic, gated
+from lib.automatic import Automatic, changed, gated
 from lib.cache import Lru
+from lib.claims import claims, reached, settled
 from lib.config import MethodRow
 from lib.contracts import Features, PromptSet
-from lib.correction import Points, near_points, obeyed
+from lib.correction import Points, near_points
 from lib.data.geometry import choose_axis, put_slice, slice_size, slice_view, to_slice_rc
 from lib.data.window import with_window
 from lib.engine import Engine, SegmentOptions
@@ -194,6 +196,8 @@ class _Job(Timed):
         self.owner, self.live, self.volume, self.options = owner, live, volume, options
         self.engine, self.model = owner.engine, live.model
         self.axis = choose_axis(volume.spacing_mm, volume.shape, requested=options.axis, is_2d=volume.is_2d)
+        self.count = volume.shape[self.axis]
+        self.walks = options.propagate and not options.planar
         self.transform = SliceTransform(self.model.spec, slice_size(volume.shape, self.axis))
         self.cache: Counter[str] = Counter()
 
@@ -202,9 +206,16 @@ class _Job(Timed):
         with self.timed("autonomous"), torch.inference_mode():
             automatic = self.found = self.automatic()
         with self.timed("assisted"), torch.inference_mode():
-            edits = self.edits(automatic, self.corrections(automatic, prompts))
+            corrections = self.corrections(automatic, prompts)
+            said = claims(corrections, automatic.mask, self.axis, self.volume.spacing_mm)
+            bounded = not any(p.box_rc for slices in corrections.values() for p in slices.values())
+            reach = reached(said, self.count, self.axis, self.volume.spacing_mm) if bounded else range(self.count)
+            edits = self.edits(automatic, corrections, reach)
         with self.timed("assemble"), torch.inference_mode():
             mask = automatic.edited(edits, self.axis, self.transform)
+            if corrections:
+                flat = None if self.walks else self.axis
+                mask = settled(mask, automatic.mask, said, self.volume.spacing_mm, bounded=bounded, flat=flat)
         return self.prediction(automatic, edits, mask)
 
     def automatic(self) -> Automatic:
@@ -215,9 +226,8 @@ class _Job(Timed):
         return found
 
     def _automatic(self) -> Automatic:
-        count = self.volume.shape[self.axis]
         mask, found = np.zeros(self.volume.shape, np.uint8, order="F"), []
-        for indices, answer in answers(self.model, count, self.features):
+        for indices, answer in answers(self.model, self.count, self.features):
             for index, labels in zip(indices, label_maps(answer, self.model.classes, self.transform)):
                 put_slice(mask, self.axis, index, labels.numpy())
             found.append(answer)
@@ -283,17 +293,18 @@ class _Job(Timed):
         return found
 
     def edits(
-        self, automatic: Automatic, corrections: Mapping[int, Mapping[int, SlicePrompts]]
+        self, automatic: Automatic, corrections: Mapping[int, Mapping[int, SlicePrompts]], reach: Container[int]
     ) -> dict[tuple[int, int], Answer]:
-        """Answers by (slice, class) that differ from the autonomous ones."""
+        """Answers by (slice, class) that differ from the autonomous ones; ``reach``: slices that walks may come to."""
         found: dict[tuple[int, int], Answer] = {}
         for number, slices in corrections.items():
             mine = {i: self.corrected(automatic, i, number, p) for i, p in slices.items()}
             found |= {(i, number): answer for i, answer in mine.items()}
-            if self.options.propagate and not self.options.planar:
+            if self.walks:
                 for index in mine:
-                    for path in (range(index + 1, self.volume.shape[self.axis]), range(index - 1, -1, -1)):
-                        found |= self.carry(automatic, number, index, mine[index], path, mine.keys())
+                    for path in (range(index + 1, self.count), range(index - 1, -1, -1)):
+                        within = takewhile(reach.__contains__, path)
+                        found |= self.carry(automatic, number, index, mine[index], within, mine.keys())
         return found
 
     def corrected(self, automatic: Automatic, index: int, number: int, prompts: SlicePrompts) -> Answer:
@@ -303,12 +314,17 @@ class _Job(Timed):
         masks = gated(answer.masks, answer.obj)
         if prompts.box_rc is None:
             masks = near_points(masks, automatic.logits(index, number), points)
-        masks = obeyed(masks, points)
         return Answer(masks, answer.iou, answer.obj.clamp(min=0.0) if bool((masks > 0).any()) else answer.obj)
 
     def carry(
-        self, automatic: Automatic, number: int, seed: int, answer: Answer, path: range, prompted: Collection[int]
-    ) -> dict[tuple[int, int], Answer]:
+        self,
+        automatic: Automatic,
+        number: int,
+        seed: int,
+        answer: Answer,
+        path: Iterable[int],
+        prompted: Collection[int],
+    ) -> dict[tuple[int, int], Answer]:  # fmt: skip
         """A correction's walk: a slice changes only near where the slice before did, until the change has faded."""
         found: dict[tuple[int, int], Answer] = {}
         changed = (gated(answer.masks, answer.obj) > 0) != (automatic.logits(seed, number) > 0)
@@ -339,7 +355,7 @@ class _Job(Timed):
 
     def ask(self, index: int, number: int, user: PromptSet, *, said: bool) -> Answer:
         """One class on one slice, learned and user prompts in one decoder call; ``said``: the user says it is there."""
-        window = window_around(index, self.volume.shape[self.axis], self.model.slices)
+        window = window_around(index, self.count, self.model.slices)
         features, device = self.around(window), self.engine.device()
         pair = torch.tensor([(index - window.start) * self.model.classes + number], device=device)
         user = PromptSet(**{k: None if v is None else v.to(device) for k, v in vars(user).items()})
@@ -361,7 +377,8 @@ class _Job(Timed):
             for n, label in enumerate(labels)
         }
         presence = {label: {i: float(p) for i, p in enumerate(present[:, n])} for n, label in enumerate(labels)}
-        edited = {label: tuple(sorted(i for i, m in edits if m == n)) for n, label in enumerate(labels)}
+        touched = set(edits) | changed(automatic.mask, mask, self.axis)
+        edited = {label: tuple(sorted(i for i, m in touched if m == n)) for n, label in enumerate(labels)}
         told = automatic.points if self.options.points else None
         points = {} if told is None else points_by_label(told, labels, self.axis, self.transform)
         return LabelPrediction(

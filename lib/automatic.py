@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from lib.data.geometry import put_slice
+from lib.data.geometry import put_slice, slice_view
 from lib.learned import Answer, combine
 from lib.transform import SliceTransform
 
@@ -56,6 +56,17 @@ class Automatic:
                     masks[0, number], obj[0, number] = answer.masks[0], answer.obj[0]
             put_slice(mask, axis, index, combine(transform.logits(masks), obj)[0].numpy())
         return mask
+
+
+def changed(before: np.ndarray, after: np.ndarray, axis: int) -> set[tuple[int, int]]:
+    """(slice, class) pairs whose voxels differ between two results."""
+    found: set[tuple[int, int]] = set()
+    for index in range(before.shape[axis]) if after is not before else ():
+        was, now = slice_view(before, axis, index), slice_view(after, axis, index)
+        differs = was != now
+        if differs.any():
+            found |= {(index, n - 1) for n in np.union1d(was[differs], now[differs]).tolist() if n}
+    return found
 
 
 def gated(masks: Tensor, obj: Tensor) -> Tensor:

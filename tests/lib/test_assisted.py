@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from lib import assisted as module
+from lib import claims
 from lib.assisted import AssistedEngine
 from lib.automatic import Automatic
 from lib.data.geometry import slice_view
@@ -389,11 +390,21 @@ def test_carried_correction_stops_at_slices_with_prompts_of_their_own(
     assert sorted(asked) == [0, 1, 2, 2, 3, 3, 4, 5]  # between two seeds both arrive, at seeds none
 
 
+def test_correction_ends_where_the_click_does_not_reach(live: AssistedEngine, volume: Volume, monkeypatch) -> None:
+    """A blob goes through all slices, which lie 5 mm apart; its rim is 3 to 5 mm from the click."""
+    asked: list[int] = []
+    walk = _walk(live, volume, monkeypatch, ("left", "right"), "right", "", -5.0, asked=asked, far=1.9)
+    automatic, found = walk
+    assert sorted(asked) == [2, 3, 4]
+    assert changed(found.mask, automatic.mask) == edited_slices(found) == {2, 3, 4}
+
+
 def _walk(
     live: AssistedEngine, volume: Volume, monkeypatch, blobs: tuple[str, ...], corrected: str, carried: str,
-    carried_obj: float, prompts=None, asked=None,
+    carried_obj: float, prompts=None, asked=None, far: float = 1000.0,
 ) -> tuple[LabelPrediction, LabelPrediction]:  # fmt: skip
-    """``corrected`` is what the click takes away (or draws, without blobs), ``carried`` what a neighbour shows."""
+    """``corrected`` is what the click takes away (or draws, without blobs), ``carried`` what a neighbour shows; how far
+    a click reaches plays no part."""
     columns = {"left": slice(2, 6), "right": slice(10, 14)}  # of the 16 x 16 grid; the volume's rows are i or j
 
     def logits(names: str) -> torch.Tensor:
@@ -424,6 +435,7 @@ def _walk(
 
     monkeypatch.setattr(module._Job, "_automatic", automatic)
     monkeypatch.setattr(module._Job, "ask", ask)
+    monkeypatch.setattr(claims, "FAR", far)
     return live.segment(volume, {}), live.segment(volume, prompts or {"big": click((16, 27, 3), positive=not blobs)})
 
 
