@@ -26,6 +26,7 @@ from bench.learned_prompts import SETS, Data, few, interval, learn, read
 from bench.session_annotator import MOST, Click, annotate
 from lib import assisted
 from lib.assisted import AssistedEngine
+from lib.claims import Said
 from lib.config import method_row
 from lib.data.samples import TrainingCase
 from lib.engine import Engine
@@ -67,8 +68,8 @@ def left_alone() -> Iterator[None]:
     """The decoder's answers as they are."""
     with (
         mock.patch.object(assisted, "near_points", lambda after, before, points: after),
-        mock.patch.object(assisted, "settled", lambda found, *_, **__: found),
-        mock.patch.object(assisted, "reached", lambda said, count, *_: range(count)),
+        mock.patch.object(Said, "settled", lambda self, found, mask, *, walks: found),
+        mock.patch.object(Said, "reach", lambda self, count: range(count)),
     ):
         yield
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lib.automatic import Automatic, changed, gated
 from lib.cache import Lru
-from lib.claims import claims, reached, settled
+from lib.claims import Said
 from lib.config import MethodRow
 from lib.contracts import Features, PromptSet
 from lib.correction import Points, near_points
@@ -166,7 +166,7 @@ class AssistedEngine:
 
     def _plain(self, volume: Volume, prompts: Mapping[str, UserPrompts], options: SegmentOptions) -> LabelPrediction:
         """Every label by itself; where two overlap, the one before in the list keeps the voxel."""
-        drawn = {label: p for label, p in prompts.items() if _starts(p)}
+        drawn = {label: p for label, p in prompts.items() if p.starts}
         if not drawn:
             raise PromptError(
                 f"No trained version of {self.row.name} is live, so plain SAM answers, which needs a positive click or "
@@ -207,15 +207,13 @@ class _Job(Timed):
             automatic = self.found = self.automatic()
         with self.timed("assisted"), torch.inference_mode():
             corrections = self.corrections(automatic, prompts)
-            said = claims(corrections, automatic.mask, self.axis, self.volume.spacing_mm)
-            bounded = not any(p.box_rc for slices in corrections.values() for p in slices.values())
-            reach = reached(said, self.count, self.axis, self.volume.spacing_mm) if bounded else range(self.count)
-            edits = self.edits(automatic, corrections, reach)
+            strokes = [(self.live.version.labels.index(n) + 1, s) for n, p in prompts.items() for s in p.strokes]
+            said = Said.of(corrections, strokes, automatic.mask, self.axis, self.volume.spacing_mm)
+            edits = self.edits(automatic, corrections, said.reach(self.count))
         with self.timed("assemble"), torch.inference_mode():
             mask = automatic.edited(edits, self.axis, self.transform)
             if corrections:
-                flat = None if self.walks else self.axis
-                mask = settled(mask, automatic.mask, said, self.volume.spacing_mm, bounded=bounded, flat=flat)
+                mask = said.settled(mask, automatic.mask, walks=self.walks)
         return self.prediction(automatic, edits, mask)
 
     def automatic(self) -> Automatic:
@@ -393,8 +391,3 @@ def _check_known(prompts: Mapping[str, UserPrompts], labels: tuple[str, ...]) ->
         raise PromptError(
             f"Expected prompts of the labels {list(labels)}, received {unknown}. Fetch the labels again and repeat."
         )
-
-
-def _starts(prompts: UserPrompts) -> bool:
-    """Whether plain SAM can begin with them."""
-    return bool(prompts.boxes or any(c.positive for c in prompts.clicks) or any(s.positive for s in prompts.strokes))

@@ -1,4 +1,4 @@
-"""What a user's points say of voxels, and how far each of them reaches.
+"""What a user's points and strokes say of voxels, and how far each point reaches.
 
 Somebody who corrects a result points at the middle of what is wrong, so the distance from a point to the nearest voxel
 where the result is what the user says is about how large the error is. Inside most of that distance the whole ball is
@@ -10,7 +10,7 @@ points in any order.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Optional
 
@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from lib.data.geometry import from_slice_rc
 from lib.prompts.user import SlicePrompts
-from lib.types import Index
+from lib.types import Index, Stroke
 
 FAR = 3.0  # of a claim's radius
 BALL = 0.8  # of it: nobody points at the very middle
@@ -43,6 +43,59 @@ class Claim:
     label: int
     radius_mm: float
     ball_mm: float
+
+
+@dataclass(frozen=True)
+class Said:
+    """Everything that a request says of voxels.
+
+    Args:
+        claims: of its points.
+        strokes: with their class numbers.
+        bounded: False where a box speaks of a whole label: then nothing is too far.
+        axis: of the slices.
+        spacing_mm: of the voxels.
+    """
+
+    claims: Sequence[Claim]
+    strokes: Sequence[tuple[int, Stroke]]
+    bounded: bool
+    axis: int
+    spacing_mm: Sequence[float]
+
+    @classmethod
+    def of(
+        cls,
+        corrections: Mapping[int, Mapping[int, SlicePrompts]],
+        strokes: Sequence[tuple[int, Stroke]],
+        mask: np.ndarray,
+        axis: int,
+        spacing_mm: Sequence[float],
+    ) -> Said:
+        """Of a request with prompts by class (from 0) and slice, on an autonomous result."""
+        boxed = any(p.box_rc is not None for slices in corrections.values() for p in slices.values())
+        return cls(claims(corrections, mask, axis, spacing_mm), strokes, not boxed, axis, spacing_mm)
+
+    def reach(self, count: int) -> Container[int]:
+        """Slices, of ``count``, that a correction may change."""
+        return reached(self.claims, count, self.axis, self.spacing_mm) if self.bounded else range(count)
+
+    def settled(self, found: np.ndarray, mask: np.ndarray, *, walks: bool) -> np.ndarray:
+        """``(I, J, K)`` what is shown: :func:`settled`, with every stroke in it.
+
+        Args:
+            found: class numbers with the decoder's corrections.
+            mask: those of the autonomous result.
+            walks: whether corrections may leave their slices.
+        """
+        flat = None if walks else self.axis
+        out = settled(found, mask, self.claims, self.spacing_mm, bounded=self.bounded, flat=flat)
+        for number, stroke in sorted(self.strokes, key=lambda s: s[1].positive):  # what is painted twice is there
+            i, j, k = stroke.voxels.T
+            there = mask[i, j, k]
+            excluded = np.where(out[i, j, k] == number, np.where(there == number, 0, there), out[i, j, k])
+            out[i, j, k] = number if stroke.positive else excluded
+        return out
 
 
 def claims(

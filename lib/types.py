@@ -106,6 +106,11 @@ class UserPrompts:
     def __bool__(self) -> bool:
         return bool(self.clicks or self.boxes or self.strokes)
 
+    @property
+    def starts(self) -> bool:
+        """Whether plain SAM can begin with them: a box, or something positive."""
+        return bool(self.boxes or any(c.positive for c in self.clicks) or any(s.positive for s in self.strokes))
+
 
 class WindowSource(Enum):
     """Where an intensity window came from, for the reply and the provenance."""

@@ -312,6 +312,19 @@ def test_boxes_and_strokes_edit_the_slices_they_touch(live: AssistedEngine, volu
     assert changed(found.mask, automatic.mask) <= set(slices)
 
 
+@pytest.mark.parametrize("positive", [True, False])
+def test_strokes_are_obeyed_on_every_voxel(live: AssistedEngine, volume: Volume, positive: bool) -> None:
+    mask = live.segment(volume, {}).mask
+    k = slice_of_label(mask, 1)
+    voxels = np.argwhere(np.ones_like(mask[:, :, k]))[5::11]
+    stroke = Stroke(np.insert(voxels, 2, k, axis=1), positive)
+    found = live.segment(volume, {"big": UserPrompts(strokes=(stroke,))}).mask
+    assert ((found[tuple(stroke.voxels.T)] == 1) == positive).all()
+    if not positive:  # of what is no part of it nothing is said
+        others = stroke.voxels[mask[tuple(stroke.voxels.T)] == 2]
+        assert (found[tuple(others.T)] == 2).all()
+
+
 @pytest.mark.parametrize("prompts", [click((1, 1, 1)), UserPrompts(boxes=(Box((1, 1, 1), (9, 9, 2)),))])
 def test_positive_prompt_says_that_the_label_is_there(live: AssistedEngine, volume: Volume, prompts) -> None:
     assert live.segment(volume, {"small one": prompts}, ALONE).presence["small one"][1] >= 0.5
