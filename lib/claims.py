@@ -17,13 +17,14 @@ from typing import Optional
 import numpy as np
 from scipy import ndimage
 
-from lib.data.geometry import from_slice_rc
+from lib.data.geometry import from_slice_rc, slice_view
 from lib.prompts.user import SlicePrompts
 from lib.types import Index, Stroke
 
 FAR = 3.0  # of a claim's radius
 BALL = 0.8  # of it: nobody points at the very middle
 MOST_MM = 32.0  # farther than that nothing is measured: the point stands for a part of its own
+LOOKED_AT = 64  # slices on which the thickness of a label is looked for: every one takes 0.5 ms of a click
 FIRST_MM = 4.0  # of the window that is searched first
 
 
@@ -137,7 +138,7 @@ def _claim(
         return Claim(ijk, label, radius, BALL * radius if math.isfinite(radius) else 0.0)
     radius = radius_mm(mask, ijk, spacing_mm, label)
     if label not in thickness:
-        thickness[label] = thickness_mm(mask == label, axis, spacing_mm)
+        thickness[label] = thickness_mm(mask, label, axis, spacing_mm)
     return Claim(
         ijk, label, radius, min(BALL * radius, thickness[label])
     )  # no part of a label is thicker than the label
@@ -158,12 +159,15 @@ def radius_mm(mask: np.ndarray, ijk: Index, spacing_mm: Sequence[float], label: 
         reach *= 2
 
 
-def thickness_mm(mask: np.ndarray, axis: int, spacing_mm: Sequence[float]) -> float:
-    """Largest distance to the rim on the slice that shows most of a label; 0 for an empty one."""
-    areas = mask.sum(tuple(a for a in range(3) if a != axis))
-    if not areas.any():
+def thickness_mm(mask: np.ndarray, label: int, axis: int, spacing_mm: Sequence[float]) -> float:
+    """Largest distance to the rim on the slice that shows most of a label, of :data:`LOOKED_AT` evenly spread ones; 0
+    where none shows any."""
+    count = mask.shape[axis]
+    areas = {n: np.count_nonzero(slice_view(mask, axis, n) == label) for n in range(0, count, -(-count // LOOKED_AT))}
+    most = max(areas, key=areas.__getitem__)
+    if not areas[most]:
         return 0.0
-    area = np.take(mask, int(areas.argmax()), axis)
+    area = np.take(mask, most, axis) == label
     rows, columns = ndimage.find_objects(area.astype(np.uint8))[0]
     sides = [s for a, s in enumerate(spacing_mm) if a != axis]
     return float(ndimage.distance_transform_edt(np.pad(area[rows, columns], 1), sampling=sides).max())
