@@ -69,7 +69,7 @@ def test_radius_agrees_with_the_distance_of_every_voxel() -> None:
 
 def test_thickness_is_that_of_the_slice_that_shows_most(mask: np.ndarray) -> None:
     assert thickness_mm(mask, 1, 2, SPACING) == 5
-    assert thickness_mm(mask, 1, 0, SPACING) == 8  # 20 x 8 voxels of 1 x 2 mm
+    assert thickness_mm(mask, 1, 0, SPACING) == 8  # 20 voxels of 1 mm by 8 of 2 mm
     assert thickness_mm(mask, 7, 2, SPACING) == 0
 
 
