@@ -2,9 +2,10 @@
 
 MONAI Label starts a batch as a process of its own, which would load a second model, compete with every click and write
 its copy of the store's file over the server's. Ours only asks the server, one image after the other: the server stays
-the only writer, its clicks go first (:func:`giving_way`), and a batch that is stopped or killed harms nothing; the next
-one goes on where it was. Its log lines are in ``GET /batch/infer``; they name images by their place in the sorted list
-of identifiers, never by those. Left out: several images at once, which on one device is no faster.
+the only writer (:func:`only_read`), its clicks go first (:func:`giving_way`), and a batch that is stopped or killed
+harms nothing; the next one goes on where it was. Its log lines are in ``GET /batch/infer``; they name images by their
+place in the sorted list of identifiers, never by those. Left out: several images at once, which on one device is no
+faster.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
 from monailabel.interfaces.tasks.batch_infer import BatchInferTask
 
+from infers.dicom_store import DicomStore, stop_watching
 from lib.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -57,9 +59,17 @@ class Server:
         """What ``/info/`` says of the models.
 
         Raises:
-            MONAILabelException: if nothing answers there.
+            MONAILabelException: if nothing answers there, or something else does.
         """
-        return self._send("get", "/info/", timeout=INFO_LIMIT_S).json()["models"]
+        response = self._send("get", "/info/", timeout=INFO_LIMIT_S)
+        try:
+            return dict(response.json()["models"])
+        except (ValueError, KeyError, TypeError):
+            raise MONAILabelException(
+                MONAILabelError.SERVER_ERROR,
+                f"Expected a list of models at {self.url}/info/; received status {response.status_code} and none. Look"
+                " whether this server answers there, and into its log; then start the batch again.",
+            ) from None
 
     def label(self, model: str, image: str, params: Task) -> str:
         """Segments one image and keeps the label; what was wrong, or nothing.
@@ -113,7 +123,7 @@ class BatchTask(BatchInferTask):
         """
         if self._in_server():
             raise _refusal("run_sync: expected false, received true, which would hold up everybody else. Leave it out.")
-        stop_watching(datastore)
+        only_read(datastore)
         tag = _checked_tag(request.get("label_tag", DefaultLabelTag.ORIGINAL.value))
         server = Server(f"http://127.0.0.1:{settings.MONAI_LABEL_SERVER_PORT}")
         model = str(request.get("model"))
@@ -179,12 +189,12 @@ def _keeps(datastore: Datastore, image: str, tag: str, model: str, version: str,
     return not made_by_model or (same and not redo)
 
 
-def stop_watching(datastore: Datastore) -> None:
-    """A second process that watches the store's folder writes old states of its file over the server's."""
-    observer = getattr(datastore, "_observer", None)
-    if observer is not None:
-        observer.stop()
-        observer.join()
+def only_read(datastore: Datastore) -> None:
+    """What a process beside the server does first, which stays the only one that writes the store's file."""
+    if isinstance(datastore, DicomStore):  # which also writes down what it downloads
+        datastore.only_read()
+    else:
+        stop_watching(datastore)
 
 
 def _refusal(sentence: str) -> MONAILabelException:

@@ -2,19 +2,20 @@
 
 Upstream's DICOMweb datastore with our own reader and writer: an image is ``<cache>/<uid>.nii.gz``, for clients that
 download it, beside the folder ``<cache>/<uid>`` with the series, which our engine reads. A final label is the newest
-DICOM SEG in the PACS that refers to the image; saving adds a series and replaces none, so nothing a person stored is
-lost. Other tags stay on this server. Thread-safe, also against a training child on the same cache: one lock file per
-series, and files appear under their name only when complete. A series is downloaded once. Left out: removing anything
-from the PACS, adding images to it.
+DICOM SEG in the PACS that refers to the image and fits it; saving adds a series and replaces none, so nothing a person
+stored is lost. Other tags stay on this server. Thread-safe, also against the server's children on the same cache: one
+lock file per series, files appear under their name only when complete, and a child writes nothing that the server reads
+(:meth:`DicomStore.only_read`). A series is downloaded once. Left out: removing anything from the PACS, adding images to
+it, a limit of the cache's size.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,11 +27,11 @@ from filelock import FileLock
 from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore
-from monailabel.interfaces.datastore import DefaultLabelTag
+from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelError, MONAILabelException
 
 from infers.base import told
-from infers.pacs import Kept, Pacs
+from infers.pacs import Kept, Pacs, is_uid
 from lib.data.samples import LabelledCase, labels_of, load_case, named_values
 from lib.data.volume import load_volume
 from lib.data.write import write_mask
@@ -41,9 +42,9 @@ from lib.types import Volume
 
 logger = logging.getLogger(__name__)
 FINAL = DefaultLabelTag.FINAL.value
-UID = re.compile(r"[0-9]+(\.[0-9]+)+")
 LIST_S = 15.0  # how old the lists of series may be
 PARTS = ".parts"  # locks, and what is not complete yet
+UNREADABLE = ".unreadable"  # an empty file for every DICOM SEG that does not fit its image
 INFO = {
     "StudyDate": "00080020",
     "StudyTime": "00080030",
@@ -65,18 +66,52 @@ class DicomStore(DICOMWebDatastore):
     def __init__(self, pacs: Pacs, cache: Optional[str] = None) -> None:
         age = min(LIST_S, settings.MONAI_LABEL_DICOMWEB_CACHE_EXPIRY)
         self._pacs = pacs
-        self._images, self._segs = Kept(pacs.images, age), Kept(pacs.segmentations, age)
+        self._images, self._segs = Kept(pacs.images, age), Kept(self._candidates, age)
         self._refused: set[str] = set()
+        self._unreadable: set[str] = set()
+        self._is_child = False
         super().__init__(client=pacs.client, search_filter={}, cache_path=cache)
         self._root = Path(self._datastore.image_path()).resolve()
-        (self._root / PARTS).mkdir(exist_ok=True)
+        _keep_private(self._root)
+        for name in (PARTS, UNREADABLE):
+            (self._root / name).mkdir(exist_ok=True)
+
+    def only_read(self) -> None:
+        """Makes this the store of a child process: what it learns stays with it, so that the server alone writes.
+
+        Its file of the store would be as old as the child, and drafts that were saved since would be gone.
+        """
+        stop_watching(self)
+        self._is_child = True
+        self._segs.forget()
+
+    def _update_datastore_file(self, lock: bool = True) -> None:
+        if not self._is_child:
+            super()._update_datastore_file(lock)
+
+    def _reconcile_datastore(self) -> None:
+        """Upstream's without its writing, as every child begins with it; final labels are the PACS's alone."""
+        self._remove_non_existing()
+        self._add_non_existing_images()
+        for folder in Path(self._datastore.label_path(None)).iterdir():
+            if folder.is_dir() and folder.name != FINAL:
+                self._add_non_existing_labels(folder.name)
+
+    def _candidates(self) -> dict[str, list[str]]:
+        """Images to their DICOM SEG series, newest first, without those that turned out to be unreadable.
+
+        A child tries them all again, so that a training tells of each and a new version of this program may read it.
+        """
+        bad = self._unreadable if self._is_child else {*os.listdir(self._root / UNREADABLE)}
+        left = {image: [s for s in segs if s not in bad] for image, segs in self._pacs.segmentations().items()}
+        return {image: segs for image, segs in left.items() if segs}
 
     def list_images(self) -> list[str]:
         """Series with images."""
         return list(self._images.now())
 
     def get_labeled_images(self, label_tag: Optional[str] = None, labels: Optional[list[str]] = None) -> list[str]:
-        """Images that a DICOM SEG refers to."""
+        """Images that a DICOM SEG refers to, but for those whose every SEG turned out to be unreadable."""
         segs = self._segs.now()
         return [image for image in self.list_images() if image in segs]
 
@@ -99,16 +134,25 @@ class DicomStore(DICOMWebDatastore):
             ImageNotFoundException: for a series that the PACS does not have.
             MONAILabelException: where the PACS is away, or the series cannot be read; the message says why.
         """
-        if not UID.fullmatch(image_id) or len(image_id) > 64:
+        if not is_uid(image_id):
             raise ImageNotFoundException("Expected the SeriesInstanceUID of an image. Choose the image again.")
         image = self._root / f"{image_id}.nii.gz"
-        if not (image.exists() and image_id in self._datastore.objects):
+        if not self._is_here(image_id):
             with self._alone(image_id) as scratch:
                 self._fetch(image_id, scratch)
                 if not image.exists():
                     self._convert(image_id, image, scratch)
             self._register(image_id)
         return str(image)
+
+    def _is_here(self, image_id: str) -> bool:
+        """Whether series and NIfTI are here, and the store knows what OHIF needs of it.
+
+        Upstream's store knows a file that a child downloaded, but nothing about it.
+        """
+        known = self._datastore.objects.get(image_id)
+        files = (self._root / f"{image_id}.nii.gz").exists() and (self._root / image_id).is_dir()
+        return files and known is not None and "SeriesInstanceUID" in known.image.info
 
     @contextmanager
     def _alone(self, series: str) -> Iterator[Path]:
@@ -190,12 +234,18 @@ class DicomStore(DICOMWebDatastore):
     def _keep(
         self, image_id: str, labels: np.ndarray, names: Mapping[str, int], info: Mapping[str, Any], series: str
     ) -> None:
-        """The local copy of a final label, which training reads."""
+        """The local copy of a final label, which training reads; a child's does not replace the server's."""
+        ext = f".{series}.nii.gz" if self._is_child else ".nii.gz"
+        name = f"{image_id}{ext}"
         facts = {"label_info": [{"name": name, "idx": n} for name, n in names.items()], "SeriesInstanceUID": series}
         with tempfile.TemporaryDirectory(dir=self._root / PARTS) as scratch:
-            copy = Path(scratch) / f"{image_id}.nii.gz"
+            copy = Path(scratch) / name
             write_mask(load_volume(self.get_image_uri(image_id)), labels, copy, np.uint16)
-            LocalDatastore.save_label(self, image_id, str(copy), FINAL, {**info, **facts})
+            with FileLock(self._lock_file):
+                os.replace(copy, Path(self._datastore.label_path(FINAL)) / name)
+                model = DataModel(info={**info, **facts, "ts": int(time.time()), "name": name}, ext=ext)
+                self._datastore.objects[image_id].labels[FINAL] = model
+                self._update_datastore_file(lock=False)
 
     def get_labels_by_image_id(self, image_id: str) -> dict[str, str]:
         """Tags of the image's labels; final only where the PACS holds one that we can read."""
@@ -205,6 +255,12 @@ class DicomStore(DICOMWebDatastore):
         except MONAILabelException as error:
             logger.warning("A final label of the PACS is passed over: %s", error.msg)
             return local
+
+    def get_label_by_image_id(self, image_id: str, tag: str) -> str:
+        """The image's id where it has such a label, else an empty text; only a final one is asked of the PACS."""
+        if tag == FINAL:
+            return super().get_label_by_image_id(image_id, tag)
+        return image_id if self._datastore.label(image_id, tag) else ""
 
     def get_label_uri(self, label_id: str, label_tag: str, image_id: str = "") -> str:
         """Path of a label, or an empty text where there is none."""
@@ -219,18 +275,36 @@ class DicomStore(DICOMWebDatastore):
         return LocalDatastore.get_label_info(self, label_id, label_tag)
 
     def _final(self, image_id: str) -> bool:
-        """Whether the image has a final label; its newest one is then here."""
-        series = self._segs.now().get(image_id)
-        if series is None:
-            return False
-        self.get_image_uri(image_id)
-        mine = self._datastore.label(image_id, FINAL)
-        if mine is None or mine.info.get("SeriesInstanceUID") != series:
-            with self._alone(series) as scratch, told():
-                self._pacs.download(series, scratch)
+        """Whether the image has a final label that can be read; the newest such one is then here.
+
+        Raises:
+            MONAILabelException: where the PACS does not hand one over: an older one would pass for the newest.
+        """
+        for series in self._segs.now().get(image_id, ()):
+            self.get_image_uri(image_id)
+            mine = self._datastore.label(image_id, FINAL)
+            if mine is not None and mine.info.get("SeriesInstanceUID") == series:
+                return True
+            with told():
+                if self._bring(image_id, series):
+                    return True
+        return False
+
+    def _bring(self, image_id: str, series: str) -> bool:
+        """Downloads a final label; False where it cannot be read, which is remembered."""
+        mark = self._root / UNREADABLE / series
+        with self._alone(series) as scratch:
+            self._pacs.download(series, scratch)
+            try:
                 labels, names, kinds = read_seg(_only_file(scratch), self._root / image_id)
-                made = {"kinds": {name: kind.value for name, kind in kinds.items()}}
-                self._keep(image_id, labels, names, made, series)
+            except VolumeError as error:
+                logger.warning("A final label of the PACS is passed over: %s", error)
+                mark.touch()
+                self._unreadable.add(series)
+                self._segs.forget()
+                return False
+            mark.unlink(missing_ok=True)
+            self._keep(image_id, labels, names, {"kinds": {name: kind.value for name, kind in kinds.items()}}, series)
         return True
 
     def datalist(self, full_path: bool = True) -> list[dict[str, Any]]:
@@ -243,20 +317,36 @@ class DicomStore(DICOMWebDatastore):
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> NoReturn:
         """Refused."""
-        raise _only_read("Images come into a PACS by its own means. Send the series to it.")
+        raise _refusal("Images come into a PACS by its own means. Send the series to it.")
 
     def remove_image(self, image_id: str) -> NoReturn:
         """Refused."""
-        raise _only_read("Expected to remove nothing from the PACS. Remove the series there.")
+        raise _refusal("Expected to remove nothing from the PACS. Remove the series there.")
 
     def remove_label(self, label_id: str, label_tag: str) -> None:
         """Removes a label that is only here; a final one is refused."""
         if label_tag == FINAL:
-            raise _only_read("Expected to remove nothing from the PACS. Remove the segmentation series there.")
+            raise _refusal("Expected to remove nothing from the PACS. Remove the segmentation series there.")
         LocalDatastore.remove_label(self, label_id, label_tag)
 
 
-def _only_read(sentence: str) -> MONAILabelException:
+def stop_watching(store: Datastore) -> None:
+    """A second process that watches the store's folder writes old states of its file over the server's."""
+    observer = getattr(store, "_observer", None)
+    if observer is not None and observer.is_alive():
+        observer.stop()
+        observer.join()
+
+
+def _keep_private(folder: Path) -> None:
+    """For the server's user alone: whole DICOM files lie there."""
+    try:
+        folder.chmod(0o700)
+    except OSError as error:
+        logger.warning("The folder of downloaded series stays readable for others: %s", type(error).__name__)
+
+
+def _refusal(sentence: str) -> MONAILabelException:
     return MONAILabelException(MONAILabelError.INVALID_INPUT, sentence)
 
 

@@ -7,6 +7,8 @@ series are never logged. Left out: retrieval frame by frame.
 
 from __future__ import annotations
 
+import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -22,9 +24,13 @@ from monailabel.datastore.dicom import DICOMwebClientX
 from monailabel.datastore.utils.dicom import dicom_web_upload_dcm
 from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelError, MONAILabelException
 from requests.adapters import HTTPAdapter
+from retrying import RetryError
 
+logger = logging.getLogger(__name__)
 CONNECT_S, READ_S = 5.0, 60.0  # a read is one piece of an answer, not a whole series
 ATTEMPTS = 2
+AGAIN_S = 60.0  # until a series whose metadata failed is asked about again: an archive may still be filing it
+UID = re.compile(r"[0-9]+(\.[0-9]+)+")
 UNSET_FILTER = {"Modality": "CT"}  # upstream's default; we offer every image
 # Objects without voxels to segment, or with voxels that are no image of a patient.
 _NOT_IMAGES = """
@@ -35,9 +41,17 @@ NOT_IMAGES = frozenset(_NOT_IMAGES.split())
 STUDY, SERIES, MODALITY = "0020000D", "0020000E", "00080060"
 REFERENCED_SERIES, CONTENT_DATE, CONTENT_TIME = "00081115", "00080023", "00080033"
 INSTANCES = "00201209"
+AS_STORED = (("application/dicom", "*"),)  # media type and transfer syntax
 
 T = TypeVar("T")
 Json = Mapping[str, Any]
+# what is wrong where an answer is not the DICOMweb that its reader expects
+NOT_DICOMWEB = (KeyError, IndexError, TypeError, ValueError, AttributeError)
+
+
+def is_uid(text: str) -> bool:
+    """Whether it is written as a DICOM identifier, and so may be part of an address or a path."""
+    return len(text) <= 64 and UID.fullmatch(text) is not None
 
 
 class PacsError(MONAILabelException):
@@ -52,19 +66,25 @@ def _asking() -> Iterator[None]:
     try:
         yield
     except requests.HTTPError as error:
-        status = error.response.status_code if error.response is not None else "an error"
-        raise PacsError(
-            f"Expected the PACS to answer; received status {status}. Its log says more; check access and space there."
-        ) from None
+        raise _refused(error.response) from None
+    except RetryError as error:  # busy, several times in a row
+        raise _refused(error.last_attempt.value) from None
     except requests.RequestException:
         raise PacsError(
             "Expected an answer of the PACS; received none. Check that it runs and that --studies names its DICOMweb"
             " address."
         ) from None
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+    except NOT_DICOMWEB:
         raise PacsError(
             "Expected DICOMweb from the PACS; received something else. Check that --studies names its DICOMweb address."
         ) from None
+
+
+def _refused(response: Optional[requests.Response]) -> PacsError:
+    status = "an error" if response is None else response.status_code
+    return PacsError(
+        f"Expected the PACS to answer; received status {status}. Its log says more; check access and space there."
+    )
 
 
 class Kept(Generic[T]):
@@ -127,6 +147,9 @@ class _InTime(HTTPAdapter):
         return super().send(request, *args, **options)
 
 
+Source = tuple[Optional[str], tuple[str, str]]  # the series that a SEG refers to, and when it was made
+
+
 class Pacs:
     """A DICOMweb address.
 
@@ -141,7 +164,8 @@ class Pacs:
             **settings.MONAI_LABEL_DICOMWEB_SEARCH_FILTER
         }  # fmt: skip
         self._modalities = {m.upper() for m in modalities}
-        self._sources: dict[str, tuple[Optional[str], tuple[str, str]]] = {}
+        self._sources: dict[str, Source] = {}
+        self._failed: dict[str, float] = {}  # when the metadata of a series failed
 
     def images(self) -> list[str]:
         """Series that hold images, in the order of the PACS."""
@@ -151,20 +175,37 @@ class Pacs:
     def _offered(self, modality: str) -> bool:
         return modality in self._modalities if self._modalities else modality not in NOT_IMAGES
 
-    def segmentations(self) -> dict[str, str]:
-        """Image series to the newest DICOM SEG series that refers to it."""
-        newest: dict[str, tuple[tuple[str, str], str]] = {}
-        with _asking():
-            for uid, one in self._search({"Modality": "SEG"}).items():
-                if uid not in self._sources:  # a stored object does not change
-                    self._sources[uid] = self._source(_text(one, STUDY), uid)
-                image, made = self._sources[uid]
-                if image is not None:
-                    newest[image] = max(newest.get(image, (made, uid)), (made, uid))
-        return {image: uid for image, (_, uid) in newest.items()}
+    def segmentations(self) -> dict[str, list[str]]:
+        """Image series to the DICOM SEG series that refer to it, newest first.
 
-    def _source(self, study: str, series: str) -> tuple[Optional[str], tuple[str, str]]:
-        """Which series a SEG refers to, and when it was made."""
+        One whose metadata cannot be had, or are not DICOM, refers to nothing: it must not hide all others.
+        """
+        found: dict[str, list[tuple[tuple[str, str], str]]] = {}
+        before = self._failed
+        with _asking():
+            listed = self._search({"Modality": "SEG"})
+            self._failed = {uid: when for uid, when in before.items() if uid in listed}
+            for uid, one in listed.items():
+                image, made = self._known_source(_text(one, STUDY), uid)
+                if image is not None:
+                    found.setdefault(image, []).append((made, uid))
+        if self._failed.keys() - before.keys():
+            logger.warning("%d segmentation series of the PACS have no usable metadata: passed over", len(self._failed))
+        return {image: [uid for _, uid in sorted(segs, reverse=True)] for image, segs in found.items()}
+
+    def _known_source(self, study: str, series: str) -> Source:
+        """Asked for once, for a stored object does not change; nothing where that failed lately."""
+        if series not in self._sources and time.monotonic() - self._failed.get(series, -AGAIN_S) >= AGAIN_S:
+            try:
+                self._sources[series] = self._source(study, series)
+                self._failed.pop(series, None)
+            except (requests.HTTPError, *NOT_DICOMWEB):  # not of a PACS that is away or busy
+                self._failed[series] = time.monotonic()
+        return self._sources.get(series, (None, ("", "")))
+
+    def _source(self, study: str, series: str) -> Source:
+        if not (is_uid(study) and is_uid(series)):
+            raise ValueError("no identifiers")
         head = self.client.retrieve_series_metadata(study, series)[0]
         referenced = head.get(REFERENCED_SERIES, {}).get("Value") or [{}]
         return _text(referenced[0], SERIES) or None, (_text(head, CONTENT_DATE), _text(head, CONTENT_TIME))
@@ -184,19 +225,31 @@ class Pacs:
     def download(self, series: str, folder: Path) -> None:
         """Writes all objects of a series into an empty folder.
 
+        Files are numbered: an identifier out of an object is no file name, as anybody may have written it. The numbers
+        follow the identifiers, so that frames without any other order keep theirs when they are downloaded again.
+
         Raises:
             ImageNotFoundException: for a series that the PACS does not have.
             PacsError: also where fewer objects came than it says it has.
         """
         facts = self.facts(series)
-        count = 0
+        parts: list[tuple[str, Path]] = []
         with _asking():
-            for instance in self.client.iter_series(_text(facts, STUDY), series):
-                instance.save_as(folder / f"{instance.SOPInstanceUID}.dcm")
-                count += 1
+            for instance in self._objects(_text(facts, STUDY), series):
+                parts.append((str(instance.SOPInstanceUID), folder / f"{len(parts):06d}.part"))
+                instance.save_as(parts[-1][1])
+        for number, (_, part) in enumerate(sorted(parts)):
+            part.rename(folder / f"{number:06d}.dcm")
         announced = int(_text(facts, INSTANCES) or 0)
-        if count == 0 or count < announced:
-            raise PacsError(f"Expected {announced} objects of the series; received {count}. Try again.")
+        if not parts or len(parts) < announced:
+            raise PacsError(f"Expected {announced} objects of the series; received {len(parts)}. Try again.")
+
+    def _objects(self, study: str, series: str) -> Iterator[Any]:
+        """As they are stored: Orthanc cannot decode JPEG 2000, and we can. A PACS may know no such wish."""
+        try:
+            return self.client.iter_series(study, series, AS_STORED)
+        except requests.HTTPError:
+            return self.client.iter_series(study, series)
 
     def store(self, file: Path) -> str:
         """Uploads a DICOM file; its SeriesInstanceUID."""

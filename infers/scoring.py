@@ -20,7 +20,7 @@ from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 
 from infers.base import told
-from infers.batch import stop_watching
+from infers.batch import only_read
 from infers.stored import stored_map
 from lib.data.volume import load_volume
 from lib.errors import CapacityError, ConfigError, GridError, VolumeError
@@ -90,7 +90,7 @@ class StoreScoring(ScoringMethod):
         """
         if self._in_server():
             raise _refusal("run_sync: expected false, received true, which would hold up everybody else. Leave it out.")
-        stop_watching(datastore)
+        only_read(datastore)
         with told():
             found, page = self._look(_Store(datastore, request, self._labels), request)
         report.publish(self._folder, self.name, found, page)

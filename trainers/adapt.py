@@ -95,8 +95,11 @@ class AdaptTask(TrainTask):
             MONAILabelException: with a sentence about what is missing or wrong; nothing has changed then.
         """
         store = open_store(self._versions_dir, self._row.name)
-        if self._alone() and hasattr(os, "nice"):
-            os.nice(NICE)
+        if self._alone():
+            if hasattr(os, "nice"):
+                os.nice(NICE)
+            if hasattr(datastore, "only_read"):  # a PACS's, whose file the server beside this process writes
+                datastore.only_read()
         try:
             return _Training(self._row, self._settings, store, request, *stored_cases(datastore)).run()
         except AppError as error:

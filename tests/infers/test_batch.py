@@ -37,12 +37,13 @@ class FakeServer:
 
     def __init__(self) -> None:
         self.bad: set[str] = set()
+        self.info: Any = {"models": MODELS}
         self.asked: list[tuple[str, str, dict[str, Any]]] = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self._answer(200, {"models": MODELS})
+                self._answer(200, outer.info)
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -53,7 +54,7 @@ class FakeServer:
                 outer.asked.append((url.path, image, json.loads(part.get_payload())))
                 self._answer(*((400, {"detail": "holes"}) if image in outer.bad else (200, {"version": "v0003"})))
 
-            def _answer(self, status: int, content: dict[str, Any]) -> None:
+            def _answer(self, status: int, content: Any) -> None:
                 data = json.dumps(content).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
@@ -206,6 +207,13 @@ def test_batch_says_so_when_the_server_is_away(store: LocalDatastore, monkeypatc
     with pytest.raises(MONAILabelException) as error:
         run(store)
     assert "it does not answer" in error.value.msg and "goes on where it was" in error.value.msg
+
+
+@pytest.mark.parametrize("info", [{"detail": "no"}, [], {"models": None}])
+def test_batch_says_so_when_something_else_answers(fake: FakeServer, store: LocalDatastore, info: Any) -> None:
+    fake.info = info
+    with pytest.raises(MONAILabelException, match=r"Expected a list of models at .*/info/; received status 200"):
+        run(store)
 
 
 def test_batch_does_not_watch_the_store(fake: FakeServer, tmp_path: Path) -> None:
