@@ -88,6 +88,14 @@ class EngineTask(InferTask):
             return self.answer(request)
 
     @abstractmethod
+    def structures(self, request: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of what the answer holds, before anything is segmented.
+
+        Raises:
+            PromptError: for a request that does not say enough.
+        """
+
+    @abstractmethod
     def answer(self, request: Mapping[str, Any]) -> tuple[Optional[str], dict[str, Any]]:
         """The same, with errors of ``lib``."""
 

@@ -13,7 +13,8 @@ from monailabel.interfaces.tasks.infer_v2 import InferType
 
 from infers.base import EngineTask, count_prompts
 from infers.prompts import read_prompts
-from infers.request import in_file_order, option_table, read_options, read_reply
+from infers.request import in_file_order, is_kept, is_named, option_table, read_options, read_reply
+from lib.data.samples import BACKGROUND
 from lib.engine import Engine
 from lib.errors import PromptError
 
@@ -31,11 +32,27 @@ class SamTask(EngineTask):
         text = {3: "SAM on a volume: clicks and boxes on any slices", 2: "SAM on one slice or picture"}[dimension]
         super().__init__(InferType.DEEPGROW, engine, labels, dimension, text, option_table(planar=dimension == 2))
 
+    def structures(self, request: Mapping[str, Any]) -> tuple[str, ...]:
+        """The one that the request names, else the first that clients offer.
+
+        Raises:
+            PromptError: where several are offered, none is named and the answer is to be kept: it would be filed under
+                another organ's name.
+        """
+        offered = [name for name in self.labels if name != BACKGROUND]
+        if len(offered) > 1 and is_kept(request) and not is_named(request):
+            raise PromptError(
+                f"save: expected label, the name of the structure to keep, received none; {offered} are offered. Send"
+                " label, use sam2rad_edit, which knows the chosen row, or start the server with one label."
+            )
+        return (read_reply(request, self.labels[0]).label,)
+
     def answer(self, request: Mapping[str, Any]) -> tuple[Optional[str], dict[str, Any]]:
         """One structure from the prompts of the request."""
         started = time.perf_counter()
         planar = self.dimension == 2
         options, wanted = read_options(request, planar), read_reply(request, self.labels[0])
+        (label,) = self.structures(request)
         volume = self._engine.open(request["image"])
         if volume.is_2d and not planar:
             raise PromptError("Expected a volume, received a 2-D image. Use the model sam_2d.")
@@ -44,7 +61,7 @@ class SamTask(EngineTask):
         opened = time.perf_counter()
         found = self._engine.segment(volume, prompts, options)
         facts = {
-            "label_names": {wanted.label: 1},
+            "label_names": {label: 1},
             "prompts": count_prompts(prompts),
             "prompted": found.prompted,
             "warnings": warnings + found.warnings,

@@ -67,6 +67,10 @@ class LearnedTask(EngineTask):
         """Whether clients see the task."""
         return self._edit or _shown(self._assisted)[0] is not None
 
+    def structures(self, request: Mapping[str, Any]) -> tuple[str, ...]:
+        """All labels of the version that is live, whatever the request is about."""
+        return self._assisted.labels()
+
     def answer(self, request: Mapping[str, Any]) -> tuple[Optional[str], dict[str, Any]]:
         """All labels of an image."""
         started = time.perf_counter()

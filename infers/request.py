@@ -96,8 +96,7 @@ def read_reply(request: Mapping[str, Any], default_label: str) -> ReplyFormat:
     Raises:
         PromptError: for a format, voxel type or label name that cannot be written.
     """
-    label = request.get("label")
-    label = default_label if label is None or uploaded_file(label) else label
+    label = request["label"] if is_named(request) else default_label
     if not isinstance(label, str) or not label.strip():
         raise PromptError(f"label: expected the name of the segment, received {label!r}. Select a segment first.")
     return ReplyFormat(
@@ -109,6 +108,21 @@ def read_reply(request: Mapping[str, Any], default_label: str) -> ReplyFormat:
         task=str(request.get("model") or ""),
         image=str(request.get("image") or ""),
     )
+
+
+def is_named(request: Mapping[str, Any]) -> bool:
+    """Whether the client says which structure it is about; OHIF's point panel does not."""
+    label = request.get("label")
+    return label is not None and uploaded_file(label) is None
+
+
+def is_kept(request: Mapping[str, Any]) -> bool:
+    """Whether the answer becomes a label of the image, by our option or by MONAI Label's own.
+
+    Raises:
+        PromptError: as :func:`read_save`.
+    """
+    return read_save(request) is not None or bool(request.get("save_label"))
 
 
 def read_save(request: Mapping[str, Any]) -> Optional[str]:

@@ -2,7 +2,8 @@
 
 No voxels and no DICOM package here. Thread-safe: a table is immutable. Left out: guessing. A name is looked up as
 written, apart from case, separators, a side of a paired organ and the number of a numbered structure; nothing similar
-is taken for it, because a wrong organ in an archive is worse than none.
+is taken for it, because a wrong organ in an archive is worse than none. Nor is an abbreviation that means another organ
+elsewhere in the body, such as LV.
 """
 
 from __future__ import annotations

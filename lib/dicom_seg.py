@@ -262,7 +262,7 @@ def _inherit(seg: Dataset, head: Dataset) -> None:
     head.decode()
     seg.SpecificCharacterSet = "ISO_IR 192"
     for keyword in INHERITED:
-        if keyword in head:
+        if keyword in head and (keyword in seg or head[keyword].VM):  # an optional one may not stand there empty
             seg[keyword] = head[keyword]
 
 

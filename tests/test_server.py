@@ -130,14 +130,17 @@ def test_slicer_box_with_reversed_pairs_equals_the_sorted_one(
     assert set(np.argwhere(forward)[:, 2]) <= set(range(k0, k1 + 1))
 
 
-@pytest.mark.parametrize("extension", [".nrrd", ".nii.gz", ".nii"])
+@pytest.mark.parametrize("model", ["sam", "sam_2d"])
+@pytest.mark.parametrize("extension", [".nrrd", ".nii.gz", ".nii", ".seg.nrrd"])
 def test_result_formats_carry_the_same_mask_and_affine(
-    server: Server, phantoms: dict[str, Phantom], tmp_path: Path, extension: str
+    server: Server, phantoms: dict[str, Phantom], tmp_path: Path, extension: str, model: str
 ) -> None:
     params = {"foreground": [list(phantoms["axial"].centre)], "result_extension": extension, "propagate": "false"}
-    file = save(post_infer(server, "sam", "axial", params, output="image"), tmp_path / f"reply{extension}")
+    file = save(post_infer(server, model, "axial", params, output="image"), tmp_path / f"reply{extension}")
+    if extension == ".seg.nrrd":
+        assert nrrd.read_header(str(file))["Segment0_Name"] == "object"
     wanted = save(
-        post_infer(server, "sam", "axial", {**params, "result_extension": ".nrrd"}, output="image"), tmp_path / "w.nrrd"
+        post_infer(server, model, "axial", {**params, "result_extension": ".nrrd"}, output="image"), tmp_path / "w.nrrd"
     )
     np.testing.assert_array_equal(read_mask(file), read_mask(wanted))
     np.testing.assert_array_equal(affine_of(file), nib.load(server.studies / "axial.nii.gz").affine)
@@ -165,10 +168,11 @@ def test_ohif_and_slicer_get_the_same_mask(server: Server, phantoms: dict[str, P
     np.testing.assert_array_equal(slicer_click(server, tmp_path, "sam", "axial", **points)[0], ohif)
 
 
-def test_output_json_and_no_file_leave_the_mask_out(server: Server, phantoms: dict[str, Phantom]) -> None:
+@pytest.mark.parametrize("model", ["sam", "sam_2d"])
+def test_output_json_and_no_file_leave_the_mask_out(server: Server, phantoms: dict[str, Phantom], model: str) -> None:
     params = {"foreground": [list(phantoms["axial"].centre)]}
     for extra, query in (({}, {"output": "json"}), ({"result_write_to_file": False}, {})):
-        reply = post_infer(server, "sam_2d", "axial", {**params, **extra}, **query).json()
+        reply = post_infer(server, model, "axial", {**params, **extra}, **query).json()
         assert reply["label_names"] == {"object": 1}
 
 
@@ -216,13 +220,14 @@ def test_session_upload_is_segmented_like_the_stored_image(
     assert "a session that has not expired" in error.value.msg
 
 
+@pytest.mark.parametrize("model", ["sam", "sam_2d"])
 def test_image_sent_with_the_request_is_segmented_and_removed(
-    server: Server, phantoms: dict[str, Phantom], tmp_path: Path
+    server: Server, phantoms: dict[str, Phantom], tmp_path: Path, model: str
 ) -> None:
     prompts = {"foreground": [list(phantoms["axial"].centre)]}
-    params = slicer_params(server.info(), "sam", label="liver", **prompts)
-    file, _ = server.client(tmp_path).infer("sam", "", params, file=str(server.studies / "axial.nii.gz"))
-    np.testing.assert_array_equal(read_mask(file), slicer_click(server, tmp_path, "sam", "axial", **prompts)[0])
+    params = slicer_params(server.info(), model, label="liver", **prompts)
+    file, _ = server.client(tmp_path).infer(model, "", params, file=str(server.studies / "axial.nii.gz"))
+    np.testing.assert_array_equal(read_mask(file), slicer_click(server, tmp_path, model, "axial", **prompts)[0])
 
 
 def test_dicom_series_session_keeps_its_geometry(server: Server, data_dir: Path, tmp_path: Path) -> None:
@@ -286,12 +291,21 @@ def test_bad_input_gets_a_sentence_and_the_server_lives(
     assert server.info()["models"]
 
 
-def test_bad_input_reaches_the_user_through_monai_labels_client(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        *((model, "expected a voxel inside the volume") for model in ("sam", "sam_2d", "sam2rad_edit")),
+        ("sam2rad", "No trained version of sam2rad is live"),
+    ],
+)
+def test_bad_input_reaches_the_user_through_monai_labels_client(
+    server: Server, tmp_path: Path, model: str, words: str
+) -> None:
     """Slicer shows ``msg`` in its error dialogue."""
     with pytest.raises(MONAILabelClientException) as error:
-        server.client(tmp_path).infer("sam", "axial", {"foreground": [[64, 0, 0]]})
+        server.client(tmp_path).infer(model, "axial", {"foreground": [[64, 0, 0]]})
     assert "Status: 400" in error.value.msg
-    assert "expected a voxel inside the volume" in error.value.msg
+    assert words in error.value.msg
 
 
 def test_unknown_backbone_stops_the_start_with_the_known_ones(tmp_path: Path) -> None:

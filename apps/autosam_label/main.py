@@ -17,7 +17,7 @@ from typing import Any, Optional
 
 from monailabel.config import settings as upstream
 from monailabel.interfaces.app import MONAILabelApp
-from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
+from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelError, MONAILabelException
 from monailabel.interfaces.tasks.infer_v2 import InferTask
 from monailabel.interfaces.tasks.scoring import ScoringMethod
@@ -39,6 +39,7 @@ from infers.learned import LearnedTask, live_versions
 from infers.pacs import Pacs
 from infers.records import Records
 from infers.request import read_save
+from infers.saving import FINAL, FinalLabels
 from infers.scoring import AgreementScoring, QualityScoring
 from infers.strategies import Desk
 from lib.assisted import AssistedEngine
@@ -79,6 +80,7 @@ class AutoSamLabel(MONAILabelApp):
         self.versions_dir = self.settings.versions_dir(studies)
         self._assisted = {name: self._assist(name) for name in self.settings.models}
         self._records = Records(self.engine.open, lambda: live_versions(self._assisted))
+        self._finals = FinalLabels(self.engine.open, self.settings.offered)
         trained = self.settings.train_default or next(iter(self.settings.models), "")
         gate = UpstreamGate(self, trained)
         self._desk = Desk(self._assisted.get(trained), self.settings, self.datastore, gate.busy)
@@ -172,7 +174,7 @@ class AutoSamLabel(MONAILabelApp):
         """Upstream's inference on an image of the store, a session or an upload, and on nothing else.
 
         The option ``save`` keeps the answer: ``draft`` under the tag original, ``final`` as final label, which a PACS
-        gets as DICOM SEG.
+        gets as DICOM SEG. A final label that would lose something (:mod:`infers.saving`) is refused.
 
         Raises:
             MONAILabelException: for an unknown image or model, a path outside these places, or a wrong request.
@@ -184,7 +186,7 @@ class AutoSamLabel(MONAILabelApp):
                 MONAILabelError.INVALID_INPUT, "label_tag: expected letters, digits and dashes, such as original."
             )
         store = datastore or self.datastore()
-        if request.get("save_label") and tag == DefaultLabelTag.FINAL.value:
+        if request.get("save_label") and tag == FINAL:
             raise MONAILabelException(
                 MONAILabelError.INVALID_INPUT,
                 "label_tag: expected a draft's, received final. Send save=final instead: that label says who made it.",
@@ -196,6 +198,8 @@ class AutoSamLabel(MONAILabelApp):
             raise MONAILabelException(
                 MONAILabelError.INVALID_INPUT, "save: expected an image of the datastore, received another."
             )
+        if keep_as:
+            self._check_keeping(request, keep_as, store)
         self._records.asked(request)
         self._desk.opened(request)
         with giving_way(self.engine, request):
@@ -209,6 +213,16 @@ class AutoSamLabel(MONAILabelApp):
             raise
         return result
 
+    def _check_keeping(self, request: dict[str, Any], tag: str, store: Datastore) -> None:
+        """Refuses, before anything is segmented, what would be filed under a wrong name or lose part of a label."""
+        task = self._infers.get(request.get("model"))
+        if task is None:  # upstream says which there are
+            return
+        with told():
+            names = task.structures(request)
+            if tag == FINAL:
+                self._finals.check(store, request["image"], names, task.dimension)
+
     def _keep(self, request: dict[str, Any], tag: str, result: dict[str, Any], store: Datastore) -> None:
         """Stores an answer as the image's label and says so in the reply."""
         reply = result["params"]
@@ -217,6 +231,10 @@ class AutoSamLabel(MONAILabelApp):
         if reply["empty"]:
             reply["warnings"].append("Nothing was found, so nothing was saved.")
             return
+        if tag == FINAL:  # again: somebody may have saved a label meanwhile
+            with told():
+                task = self._infers[request["model"]]
+                self._finals.check(store, request["image"], reply["label_names"], task.dimension)
         reply["provenance"] = self._records.kept(store, request, reply["provenance"])
         names = [{"name": name, "idx": number} for name, number in reply["label_names"].items()]
         info = {"model": request["model"], "params": reply, "label_info": names, "provenance": reply["provenance"]}

@@ -216,19 +216,86 @@ def test_infer_keeps_nothing_unless_asked(load, studies: Path) -> None:
     assert list((studies / "labels").rglob("*.nrrd")) == []
 
 
-def test_infer_keeps_no_empty_answer(load, studies: Path, tmp_path: Path) -> None:
+def test_infer_keeps_no_empty_answer(load, studies: Path, monkeypatch) -> None:
     app = load()
-    answered = app._infers["sam"]
+    answer = app._infers["sam"].answer
 
     def nothing(request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        file, reply = answered(request)
+        file, reply = answer(request)
         return file, {**reply, "empty": True}
 
-    nothing.description = ""  # type: ignore[attr-defined]
-    app._infers["sam"] = nothing
+    monkeypatch.setattr(app._infers["sam"], "answer", nothing)
     reply = app.infer(click(save="final", result_write_to_file=True))["params"]
     assert reply["saved"] is None and reply["warnings"] == ["Nothing was found, so nothing was saved."]
     assert list((studies / "labels").rglob("*.nrrd")) == []
+
+
+def kept(**more: Any) -> dict[str, Any]:
+    """A click whose answer is to be the final label."""
+    return click(**{"save": "final", "result_write_to_file": True, **more})
+
+
+@pytest.fixture
+def never(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes an app's engine fail where it would segment."""
+    return lambda app: monkeypatch.setattr(app.engine, "segment", lambda *_: 1 / 0)
+
+
+@pytest.mark.parametrize("model", ["sam", "sam_2d"])
+@pytest.mark.parametrize("wish", [{}, {"save": "draft"}, {"save": "no", "save_label": True}])
+def test_infer_keeps_no_structure_under_a_name_that_nobody_gave(
+    load, studies: Path, never, model: str, wish: dict[str, Any]
+) -> None:
+    """OHIF's point panel sends no label: the first one offered would be any organ's name."""
+    app = load(labels="liver, spleen, background")
+    never(app)
+    with pytest.raises(MONAILabelException, match=r"expected label, .* received none; \['liver', 'spleen'\] are"):
+        app.infer(kept(model=model, **wish))
+    assert list((studies / "labels").rglob("*.nrrd")) == []
+
+
+def test_infer_without_a_name_answers_where_it_is_not_kept_or_there_is_one_label(load) -> None:
+    assert load(labels="liver, spleen").infer(click())["params"]["label_names"] == {"liver": 1}
+    clear_cache()
+    app = load(labels="liver, background")
+    app.infer(kept())
+    assert app.datastore().get_label_info("case", "final")["label_info"] == [{"name": "liver", "idx": 1}]
+
+
+def test_infer_final_label_loses_no_structure(load, never) -> None:
+    app = load(labels="liver, spleen")
+    add_version(app._assisted["sam2rad"].store, app.engine, labels=("liver", "spleen"))
+    app.infer(kept(model="sam2rad_edit", label="liver"))
+    app.infer(kept(save="draft", label="kidney"))  # a draft takes no final label's place
+    app.infer(kept(model="sam2rad"))  # all structures again
+    before = dict(app.datastore().get_label_info("case", "final"))
+    never(app)
+    for model, text in (("sam", r"received one with \['kidney'\], without"), ("sam_2d", "all 8 slices")):
+        with pytest.raises(MONAILabelException, match=text):
+            app.infer(kept(model=model, label="kidney"))
+    assert app.datastore().get_label_info("case", "final") == before
+
+
+def test_infer_same_structure_is_saved_again(load) -> None:
+    app = load(labels="liver, spleen")
+    for image_point in ([12, 10, 4], [10, 8, 3]):
+        assert app.infer(kept(label="liver", foreground=[image_point]))["params"]["saved"] == "final"
+
+
+def test_infer_label_that_was_saved_meanwhile_is_not_lost(load, monkeypatch) -> None:
+    app = load(labels="liver, spleen")
+    answer = app._infers["sam"].answer
+
+    def meanwhile(request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        file, reply = answer(request)
+        info = {"label_info": [{"name": "spleen", "idx": 1}]}
+        app.datastore().save_label("case", file, "final", info)
+        return file, reply
+
+    monkeypatch.setattr(app._infers["sam"], "answer", meanwhile)
+    with pytest.raises(MONAILabelException, match=r"without \['spleen'\]"):
+        app.infer(kept(label="liver"))
+    assert app.datastore().get_label_info("case", "final")["label_info"] == [{"name": "spleen", "idx": 1}]
 
 
 @pytest.mark.parametrize(

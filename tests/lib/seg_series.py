@@ -116,6 +116,7 @@ SOURCES = {
     "enhanced per frame": lambda folder: enhanced(folder, shared=False),
     "ultrasound": cine,
 }
+REAL = ("Study1/13_HCropVolume", "Study2/14_HCropVolume", "Study2/14-T1post-22014")  # below the real data's dicom
 PLACED = [name for name in SOURCES if name != "ultrasound"]
 
 

@@ -47,10 +47,10 @@ def test_categories_and_sides_are_those_of_segmentation(part, group):
         ("kidneys", "anatomy", "64033007", "Kidney"),
         ("lungs", "anatomy", "39607008", "Lung"),
         ("Prostate", "anatomy", "41216001", "Prostate"),
-        ("LV", "anatomy", "87878005", "Left Ventricle"),
         ("left_ventricle", "anatomy", "87878005", "Left Ventricle"),
-        ("RV", "anatomy", "53085002", "Right ventricle"),
-        ("Myo", "tissue", "122448007", "Cardiac muscle"),
+        ("Right Ventricle", "anatomy", "53085002", "Right ventricle"),
+        ("LV blood pool", "anatomy", "87878005", "Left Ventricle"),
+        ("Myocardium", "tissue", "122448007", "Cardiac muscle"),
         ("lv-myocardium", "anatomy", "49848007", "Left Ventricle Myocardium"),
         ("left atrium", "anatomy", "82471001", "Left atrium"),
         ("aorta", "anatomy", "15825003", "Aorta"),
@@ -59,6 +59,8 @@ def test_categories_and_sides_are_those_of_segmentation(part, group):
         ("lesion 3", "finding", "52988006", "Lesion"),
         ("blood vessels", "anatomy", "59820001", "Blood vessel"),
         ("white matter", "tissue", "389080008", "White Matter"),
+        ("grey matter", "tissue", "389081007", "Gray Matter"),
+        ("IVC", "anatomy", "64131007", "Inferior Vena Cava"),
         ("CSF", "substance", "65216001", "Cerebrospinal Fluid"),
     ],
 )
@@ -98,7 +100,8 @@ def test_finding_keeps_its_region_and_the_side_belongs_to_that():
     "name",
     [
         "object", "nuclei", "anterior", "posterior", "thing 1", "livre", "liver2", "liver 2", "left liver",
-        "left right kidney", "spleen-ish", "prostate peripheral zone", "Leber", "肝臓", "LA", "kidney stone", "", "7",
+        "left right kidney", "spleen-ish", "prostate peripheral zone", "Leber", "肝臓", "kidney stone", "", "7",
+        "LV", "RV", "LVC", "RVC", "LA", "RA", "Myo", "GM", "WM", "left LV",  # another organ's elsewhere in the body
     ],
 )  # fmt: skip
 def test_unknown_name_is_marked_and_never_guessed(name):

@@ -24,6 +24,7 @@ from tests.lib.seg_series import (
     NAMES,
     OBLIQUE,
     ORDER,
+    REAL,
     SHAPE,
     SOURCES,
     SPACING,
@@ -166,7 +167,7 @@ def test_file_that_is_no_dicom_is_refused(tmp_path):
         read_seg(tmp_path / "seg.dcm", SOURCES["ct"](tmp_path / "series"))
 
 
-@pytest.mark.parametrize("series", ["Study1/13_HCropVolume", "Study2/14_HCropVolume", "Study2/14-T1post-22014"])
+@pytest.mark.parametrize("series", REAL)
 def test_labels_of_real_series_come_back(tmp_path, data_dir, series):
     folder = Path(shutil.copytree(data_dir / "dicom" / series, tmp_path / "series"))
     volume = load_volume(folder)

@@ -10,13 +10,22 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK
+from pydicom.uid import CTImageStorage
 
 from lib.data.volume import load_volume
 from lib.dicom_seg import read_seg, write_seg
 from tests.dicom_files import region
-from tests.lib.seg_series import AUTOMATIC, NAMES, PLACED, SHAPE, SOURCES, cine, drawn, edited
+from tests.lib.seg_series import AUTOMATIC, AXIAL, NAMES, PLACED, REAL, SHAPE, SOURCES, cine, classic, drawn, edited
+
+# attributes of a source that have no value: a SEG leaves the first out, and must have the others
+OPTIONAL = {
+    **dict.fromkeys(("Laterality", "BodyPartExamined", "PatientAge", "StudyDescription", "IssuerOfPatientID"), ""),
+    "OtherPatientIDsSequence": [],
+}
+REQUIRED = dict.fromkeys(("AccessionNumber", "StudyID", "StudyTime", "PatientBirthDate", "ReferringPhysicianName"), "")
 
 
 def _tool(name: str) -> str:
@@ -34,6 +43,30 @@ def test_validator_finds_no_error(tmp_path, source, content):
     said = subprocess.run([tool, str(path)], capture_output=True, text=True, check=False).stderr
     assert "Segmentation" in said, "the validator did not recognise the object"
     assert [line for line in said.splitlines() if line.startswith("Error")] == []
+
+
+def errors_of(path: Path) -> list[str]:
+    """What the validator says against a SEG."""
+    said = subprocess.run([_tool("dciodvfy"), str(path)], capture_output=True, text=True, check=False).stderr
+    assert "Segmentation" in said, "the validator did not recognise the object"
+    return [line for line in said.splitlines() if line.startswith("Error")]
+
+
+@pytest.mark.parametrize("series", REAL)
+def test_validator_finds_no_error_on_a_real_series(tmp_path, data_dir, series):
+    volume = load_volume(data_dir / "dicom" / series)
+    labels = (volume.array > np.quantile(volume.array, 0.9)).astype(np.uint8)
+    path = write_seg(data_dir / "dicom" / series, labels, {"bright": 1}, tmp_path / "seg.dcm", AUTOMATIC)
+    assert errors_of(path) == []
+
+
+def test_validator_finds_no_error_where_optional_attributes_of_the_source_are_empty(tmp_path):
+    folder = classic(tmp_path / "series", CTImageStorage, "CT", AXIAL, **OPTIONAL, **REQUIRED)
+    path = write_seg(folder, drawn(), NAMES, tmp_path / "seg.dcm", AUTOMATIC)
+    assert errors_of(path) == []
+    seg = pydicom.dcmread(path)
+    assert [keyword for keyword in OPTIONAL if keyword in seg] == []
+    assert [keyword for keyword in REQUIRED if keyword not in seg] == []
 
 
 def test_validator_takes_a_calibrated_ultrasound(tmp_path):
