@@ -21,6 +21,8 @@ from lib.data.geometry import from_slice_rc, rows_columns, slice_view
 from lib.prompts.user import SlicePrompts
 from lib.types import Index, Stroke
 
+Window = tuple[slice, slice, slice]
+
 FAR = 3.0  # of a claim's radius
 BALL = 0.8  # of it: nobody points at the very middle
 MOST_MM = 32.0  # farther than that nothing is measured: the point stands for a part of its own
@@ -197,9 +199,7 @@ def settled(
     else:
         out = np.array(mask, order="F")
         for claim in said:
-            window, squares = _around(mask.shape, claim.ijk, spacing_mm, FAR * claim.radius_mm)
-            near = squares <= (FAR * claim.radius_mm) ** 2
-            out[window][near] = found[window][near]
+            _copy(found, out, claim.ijk, FAR * claim.radius_mm, spacing_mm)
     for claim in sorted(said, key=lambda c: (c.label, c.ijk)):  # of two as near the label counts, not the background
         window, inside = _ball(claim, said, mask.shape, spacing_mm, flat)
         out[window][inside] = claim.label
@@ -208,9 +208,18 @@ def settled(
     return out
 
 
+def _copy(source: np.ndarray, to: np.ndarray, ijk: Index, radius_mm: float, spacing_mm: Sequence[float]) -> None:
+    """All voxels within a distance; slice by slice, as the ball may be most of a large volume."""
+    i, j, k = _window(to.shape, ijk, spacing_mm, radius_mm)
+    plane = _squares((i, j, slice(ijk[2], ijk[2] + 1)), ijk, spacing_mm)[:, :, 0]
+    for n in range(k.start, k.stop):
+        near = plane <= radius_mm**2 - ((n - ijk[2]) * spacing_mm[2]) ** 2
+        to[i, j, n][near] = source[i, j, n][near]
+
+
 def _ball(
     claim: Claim, said: Sequence[Claim], shape: Sequence[int], spacing_mm: Sequence[float], flat: Optional[int]
-) -> tuple[tuple[slice, slice, slice], np.ndarray]:
+) -> tuple[Window, np.ndarray]:
     """A window and the voxels in it that are inside a claim's ball and no nearer to another claim."""
     window, squares = _around(shape, claim.ijk, spacing_mm, claim.ball_mm)
     inside = squares < claim.ball_mm**2
@@ -229,14 +238,19 @@ def _places(one: Claim, other: Claim, spacing_mm: Sequence[float]) -> tuple[list
 
 def _around(
     shape: Sequence[int], ijk: Index, spacing_mm: Sequence[float], reach_mm: float
-) -> tuple[tuple[slice, slice, slice], np.ndarray]:
+) -> tuple[Window, np.ndarray]:
     """The window that holds everything within a distance of a voxel, and the squared distances in it."""
+    window = _window(shape, ijk, spacing_mm, reach_mm)
+    return window, _squares(window, ijk, spacing_mm)
+
+
+def _window(shape: Sequence[int], ijk: Index, spacing_mm: Sequence[float], reach_mm: float) -> Window:
     steps = [math.ceil(reach_mm / s) for s in spacing_mm]
     i, j, k = (slice(max(0, c - n), min(size, c + n + 1)) for c, n, size in zip(ijk, steps, shape))
-    return (i, j, k), _squares((i, j, k), ijk, spacing_mm)
+    return i, j, k
 
 
-def _squares(window: tuple[slice, slice, slice], ijk: Index, spacing_mm: Sequence[float]) -> np.ndarray:
+def _squares(window: Window, ijk: Index, spacing_mm: Sequence[float]) -> np.ndarray:
     i, j, k = (((np.arange(w.start, w.stop) - c) * s) ** 2 for w, c, s in zip(window, ijk, spacing_mm))
     return i[:, None, None] + j[:, None] + k
 
