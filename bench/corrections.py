@@ -1,11 +1,11 @@
-"""What keeping the change at the user's points does to clicks, against the decoder's whole answer.
+"""What keeping corrections near the user's points does to clicks, against the decoder's whole answer.
 
     python -m bench.corrections [--sets hippocampus acdc] [--cases 8] [--minutes 4] [--data-dir DIR] [--out FILE]
 
 One training per set on 16 ``adapt`` cases with ``compact``; then the annotator of the labelling session clicks
-(:mod:`bench.session_annotator`) on ``test`` cases, without a server, twice: with :mod:`lib.correction` and with the
-decoder's answer left alone. A click loses where the mean Dice is lower after it, and is obeyed where its voxel then
-shows what the annotator said. Intervals are bootstrapped over test patients.
+(:mod:`bench.session_annotator`) on ``test`` cases, without a server, twice: with :mod:`lib.correction` and
+:mod:`lib.claims`, and with the decoder's answer left alone. A click loses where the mean Dice is lower after it, and is
+obeyed where its voxel then shows what the annotator said. Intervals are bootstrapped over test patients.
 """
 
 from __future__ import annotations
