@@ -2,8 +2,8 @@
 
 Autonomous: all slices, all classes, nobody clicks; kept per volume, window, axis and version. Assisted: on slices with
 prompts, learned and user prompts go into one decoder call, of which the change at the user's points is kept; it is
-carried to the neighbours both ways while it changes anything, and every other slice is the autonomous one. Without a
-live version each label is plain SAM.
+carried to the neighbours both ways while it changes anything and as far as the points reach (:mod:`lib.claims`), and
+everything else is the autonomous result. Without a live version each label is plain SAM.
 
 The answer depends on nothing but volume, prompts, options and version. Any number of threads may call it; a new live
 version is noticed with one look at a file and loaded once, while requests under way finish with the old one.
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.automatic import Automatic, changed, gated
+from lib.automatic import Automatic, changed_pairs, gated
 from lib.cache import Lru
 from lib.claims import Said
 from lib.config import MethodRow
@@ -315,12 +315,7 @@ class _Job(Timed):
         return Answer(masks, answer.iou, answer.obj.clamp(min=0.0) if bool((masks > 0).any()) else answer.obj)
 
     def carry(
-        self,
-        automatic: Automatic,
-        number: int,
-        seed: int,
-        answer: Answer,
-        path: Iterable[int],
+        self, automatic: Automatic, number: int, seed: int, answer: Answer, path: Iterable[int],
         prompted: Collection[int],
     ) -> dict[tuple[int, int], Answer]:  # fmt: skip
         """A correction's walk: a slice changes only near where the slice before did, until the change has faded."""
@@ -375,7 +370,7 @@ class _Job(Timed):
             for n, label in enumerate(labels)
         }
         presence = {label: {i: float(p) for i, p in enumerate(present[:, n])} for n, label in enumerate(labels)}
-        touched = set(edits) | changed(automatic.mask, mask, self.axis)
+        touched = set(edits) | changed_pairs(automatic.mask, mask, self.axis)
         edited = {label: tuple(sorted(i for i, m in touched if m == n)) for n, label in enumerate(labels)}
         told = automatic.points if self.options.points else None
         points = {} if told is None else points_by_label(told, labels, self.axis, self.transform)

@@ -58,7 +58,7 @@ class Automatic:
         return mask
 
 
-def changed(before: np.ndarray, after: np.ndarray, axis: int) -> set[tuple[int, int]]:
+def changed_pairs(before: np.ndarray, after: np.ndarray, axis: int) -> set[tuple[int, int]]:
     """(slice, class) pairs whose voxels differ between two results."""
     found: set[tuple[int, int]] = set()
     for index in range(before.shape[axis]) if after is not before else ():

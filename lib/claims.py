@@ -141,9 +141,8 @@ def _claim(
     radius = radius_mm(mask, ijk, spacing_mm, label)
     if label not in thickness:
         thickness[label] = thickness_mm(mask, label, axis, spacing_mm)
-    return Claim(
-        ijk, label, radius, min(BALL * radius, thickness[label])
-    )  # no part of a label is thicker than the label
+    # no part of a label is thicker than the label
+    return Claim(ijk, label, radius, min(BALL * radius, thickness[label]))
 
 
 def radius_mm(mask: np.ndarray, ijk: Index, spacing_mm: Sequence[float], label: Optional[int] = None) -> float:
