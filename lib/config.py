@@ -19,6 +19,8 @@ from lib.plugins import did_you_mean
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "apps" / "autosam_label" / "configs"
 
 T = TypeVar("T")
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+SCALARS: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,13 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     origin = get_origin(hint)
     if origin in (Union, pytypes.UnionType) and value is not None:
         return _convert(next(a for a in get_args(hint) if a is not type(None)), value, where)
-    if origin is tuple and isinstance(value, (list, tuple)):
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where}: expected a list, received {value!r}.")
         return tuple(value)
+    if hint in SCALARS and (not isinstance(value, SCALARS[hint]) or isinstance(value, bool) is not (hint is bool)):
+        quotes = " Put it in quotes." if hint is str and value is not None else ""  # YAML takes 22:30 for a number
+        raise ConfigError(f"{where}: expected {KINDS[hint]}, received {value!r}.{quotes}")
     return value
 
 
@@ -202,7 +209,6 @@ def override(recipe: TrainRecipe, request: Mapping[str, Any]) -> TrainRecipe:
 
 
 ABOVE_ZERO = ("epochs", "batch", "lr", "backbone_lr", "patience")
-KINDS = {int: "a whole number", float: "a number", str: "text"}
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ class Run:
         version: that the training before it ended with.
         pid: of its process, 0 where unknown.
         born: when that process was created, seconds since the epoch.
+        labels: final ones when somebody started it by hand, see ``seen``; None otherwise and where they are unknown.
+        held: what was due when somebody started it by hand; it is due again if that training fails.
         status: as seen last.
     """
 
@@ -67,6 +69,8 @@ class Run:
     version: Optional[str] = None
     pid: int = 0
     born: float = 0.0
+    labels: Optional[dict[str, str]] = None
+    held: dict[str, datetime] = field(default_factory=dict)
     status: Status = Status.RUNNING
 
     @property
@@ -93,7 +97,8 @@ class Record:
         at: the ``train_at`` that ``at_checked`` belongs to.
         at_checked: up to when its due times are dealt with.
         pending: reason to the time since when a training is due.
-        seen: final labels when the last training started, opaque key to stamp.
+        seen: final labels that a training by the schedule, or one by hand that ended well, started with; opaque key to
+            stamp.
         run: the last training.
         last_start: of a training by the schedule.
         failures: in a row.
@@ -193,16 +198,25 @@ def set_paused(folder: Path, paused: bool) -> None:
 
 
 def _record(values: dict[str, Any]) -> Record:
-    run = values["run"] and Run(**{**values["run"], **_times(values["run"], "started")})
+    kinds = {"at": str, "seen": dict, "pending": dict, "log": list, "failures": int, "paused": bool}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(values[key], kind)]:
+        raise TypeError(f"{wrong}")
+    run = values["run"]
+    if run:
+        run = Run(**{**run, **_times(run, "started"), "held": _moments(run.get("held", {}))})
     return Record(
         **{
             **values,
             **_times(values, "at_checked", "last_start", "not_before"),
-            "pending": {key: datetime.fromisoformat(since) for key, since in values["pending"].items()},
+            "pending": _moments(values["pending"]),
             "run": run and replace(run, status=Status(run.status)),
             "log": tuple(Line(**{**line, **_times(line, "time", "last")}) for line in values["log"]),
         }
     )
+
+
+def _moments(values: dict[str, str]) -> dict[str, datetime]:
+    return {key: datetime.fromisoformat(since) for key, since in values.items()}
 
 
 def _times(values: dict[str, Any], *names: str) -> dict[str, Optional[datetime]]:

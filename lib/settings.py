@@ -17,6 +17,7 @@ from lib.errors import ConfigError
 from lib.plugins import did_you_mean
 from lib.train_rules import Rules
 
+STATE_FOLDER = ".autosam"  # in the studies
 UPSTREAM_CONF = ("server_mode",)  # the one key of --conf that MONAI Label's own base class reads
 SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
@@ -132,7 +133,7 @@ class AppSettings:
         if self.state_dir is not None:
             return self.state_dir
         if "://" not in studies:
-            return Path(studies).expanduser().absolute() / ".autosam"
+            return Path(studies).expanduser().absolute() / STATE_FOLDER
         return _user_data() / f"state-{hashlib.sha256(studies.encode()).hexdigest()[:12]}"
 
     def _check(self) -> None:
@@ -159,7 +160,7 @@ class AppSettings:
             ("score_images", 0),
             ("score_fetches", 0),
         ):
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:  # NaN is not
                 raise ConfigError(f"{name}: expected {least} or more, received {getattr(self, name)}.")
 
 
@@ -183,6 +184,7 @@ def _from_text(hint: Any, text: str, where: str) -> Any:
         if hint in (int, float):
             return hint(text)
     except (KeyError, ValueError):
-        wanted = "true or false" if hint is bool else KINDS[hint]
-        raise ConfigError(f"{where}: expected {wanted}, received {text!r}.") from None
-    return tuple(part.strip() for part in text.split(",")) if get_origin(hint) is tuple else text
+        raise ConfigError(f"{where}: expected {KINDS[hint]}, received {text!r}.") from None
+    if get_origin(hint) is tuple:
+        return tuple(part.strip() for part in text.split(",")) if text else ()
+    return text

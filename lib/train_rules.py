@@ -1,7 +1,8 @@
 """The settings of the training schedule, checked, and the times they mean. Pure functions of the moment asked about.
 
-Due times follow cron: days of the week count from Sunday as 0, and two restricted day fields mean either. Times are
-aware; the moment's zone is the rules' zone. Left out: whether anything is to be done then (:mod:`lib.triggers`).
+Due times follow cron: days of the week count from Sunday as 0, and two restricted day fields mean either; a time of day
+that the clocks pass twice in a night is due the first time, and one that they leave out an hour later. Times are aware;
+the moment's zone is the rules' zone. Left out: whether anything is to be done then (:mod:`lib.triggers`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from datetime import datetime, time, timedelta
+from datetime import UTC, datetime, time, timedelta
 from typing import TYPE_CHECKING, Optional, Union
 
 from lib.errors import ConfigError
@@ -71,7 +72,15 @@ class Rules:
         """The first due time of ``train_at`` after a moment, in its zone; None without one."""
         if not self.at:
             return None
-        return _cron(self.at, moment).get_next_fire_time(None, moment + timedelta(microseconds=1))
+        trigger, asked = _cron(self.at, moment), later(moment, timedelta(microseconds=1))
+        while True:
+            due = trigger.get_next_fire_time(None, asked)
+            if due is not None and not _every_hour(self.at):
+                due = due.replace(fold=0)
+            if due is None or elapsed(moment, due) > timedelta(0):
+                return due
+            # a time that was there already, an hour ago on the same clock, or that the clocks leave out
+            asked = later(asked.replace(second=0, microsecond=0), timedelta(minutes=1))
 
     def allowed(self, moment: datetime) -> bool:
         """Whether a training may start at this time of day; the end is not allowed any more."""
@@ -86,6 +95,17 @@ class Rules:
         start = _hours(self.hours)[0]
         opening = moment.replace(hour=start.hour, minute=start.minute, second=0, microsecond=0)
         return opening if opening > moment else opening + timedelta(days=1)
+
+
+def elapsed(since: datetime, now: datetime) -> timedelta:
+    """Time that really passed. Of two moments in one zone Python takes the difference of the clocks on the wall, which
+    is an hour off in the two nights of a year in which they are changed."""
+    return now.astimezone(UTC) - since.astimezone(UTC)
+
+
+def later(moment: datetime, by: timedelta) -> datetime:
+    """A moment that is really so much later, in the same zone."""
+    return (moment.astimezone(UTC) + by).astimezone(moment.tzinfo)
 
 
 def _hours(text: str) -> tuple[time, time]:
@@ -113,6 +133,11 @@ def _cron(text: str, moment: datetime) -> Union[CronTrigger, OrTrigger]:
         raise ConfigError(
             f"train_at: expected a time such as 02:00 or five cron fields such as '0 2 * * 1-5', received {text!r}."
         ) from None
+
+
+def _every_hour(text: str) -> bool:
+    """Whether cron's hours are not chosen ones, so that an hour that comes twice counts twice."""
+    return not _CLOCK.fullmatch(text) and text.split()[1].startswith("*")
 
 
 def _weekdays(field: str) -> str:

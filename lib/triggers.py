@@ -14,9 +14,10 @@ from datetime import datetime, timedelta
 from typing import Any, Optional
 
 from lib.schedule_record import Record, Run, Status
-from lib.train_rules import Rules
+from lib.train_rules import Rules, elapsed, later
 
 FIRST_BACKOFF_MIN, LONGEST_BACKOFF_MIN = 10.0, 24 * 60.0
+_NOTHING = timedelta(0)
 KILLED_WAIT = timedelta(minutes=1)  # what killed the process may be about to end the server too
 GIVE_UP_AFTER = 5  # failures in a row
 MISSED_AFTER = timedelta(minutes=2)  # a due time that is noticed later was missed, not just looked at late
@@ -112,7 +113,9 @@ def refused(record: Record, facts: Facts) -> Record:
 
 def new_labels(record: Record, labels: Mapping[str, str]) -> int:
     """Cases whose final label is new or was saved again since the last training started."""
-    return sum(record.seen.get(case) != stamp for case, stamp in labels.items())
+    run = record.run
+    known = run.labels if run and run.is_open and run.labels is not None else record.seen
+    return sum(known.get(case) != stamp for case, stamp in labels.items())
 
 
 def describe(rules: Rules, key: str) -> str:
@@ -137,13 +140,12 @@ def blocked(rules: Rules, record: Record, facts: Facts) -> tuple[Optional[str], 
         return "the datastore does not answer", None
     if not rules.allowed(now):
         return f"outside the allowed hours {rules.hours}", rules.opens(now)
-    if record.not_before and now < record.not_before:
-        return f"the last training failed, not before {_clock(record.not_before)}", record.not_before
     # a clock that was set back must not hold it up, and going on with a training is no new one
-    if last and not resuming and timedelta(0) <= now - last < interval:
-        return f"less than {rules.interval_min:g} minutes after the last start, not before {_clock(last + interval)}", (
-            last + interval
-        )
+    if record.not_before and _NOTHING < elapsed(now, record.not_before) <= timedelta(minutes=LONGEST_BACKOFF_MIN):
+        return f"the last training failed, not before {_clock(record.not_before)}", record.not_before
+    if last and not resuming and _NOTHING <= elapsed(last, now) < interval:
+        end = later(last, interval)
+        return f"less than {rules.interval_min:g} minutes after the last start, not before {_clock(end)}", end
     if facts.idle_s < 60 * rules.idle_min:
         return f"somebody used the server in the last {rules.idle_min:g} minutes", None
     return None, None
@@ -153,23 +155,30 @@ def _observed(record: Record, facts: Facts) -> Record:
     """Takes up the end of the training on record and a start by hand."""
     run, job = record.run, facts.job
     if run and run.is_open:
-        stuck = facts.status is Status.SUBMITTED and not facts.busy and facts.now - run.started > STUCK_AFTER
+        stuck = facts.status is Status.SUBMITTED and not facts.busy and elapsed(run.started, facts.now) > STUCK_AFTER
         status = Status.ERROR if stuck else facts.status
         if not status.is_open:
             record = _ended(record, replace(run, status=status), facts.now)
         elif job and job.id == run.id and job.pid and not run.pid:
             record = replace(record, run=replace(run, pid=job.pid, born=job.born))
     if job and (record.run is None or record.run.id != job.id):
-        by_hand = Run(job.id, "hand", facts.now, "by hand", dict(job.options), facts.version, job.pid, job.born)
-        pending = {key: since for key, since in record.pending.items() if key == "at"}  # the others are answered
-        seen = record.seen if facts.labels is None else dict(facts.labels)
-        record = replace(record, run=by_hand, pending=pending, seen=seen).logged(facts.now, "started by hand")
+        held = {key: since for key, since in record.pending.items() if key != "at"}  # answered, if it ends well
+        by_hand = Run(
+            job.id, "hand", facts.now, "by hand", dict(job.options), facts.version, job.pid, job.born,
+            labels=None if facts.labels is None else dict(facts.labels), held=held,
+        )  # fmt: skip
+        pending = {key: since for key, since in record.pending.items() if key not in held}
+        record = replace(record, run=by_hand, pending=pending).logged(facts.now, "started by hand")
     return record
 
 
 def _ended(record: Record, run: Run, now: datetime) -> Record:
     """A training that failed or was cut off becomes pending again, after a time that doubles with every failure."""
     record = replace(record, run=run).logged(now, _END[run.status])
+    if run.status not in (Status.DONE, Status.GONE):
+        record = replace(record, pending={**run.held, **record.pending})
+    elif run.labels is not None:  # answered; what was cut off is gone on with
+        record = replace(record, seen=run.labels)
     if run.status is Status.DONE:
         return replace(record, failures=0, not_before=None)
     again = run.status is Status.GONE or (run.by == "schedule" and run.status in (Status.ERROR, Status.KILLED))
@@ -178,11 +187,11 @@ def _ended(record: Record, run: Run, now: datetime) -> Record:
     failures = record.failures + 1
     if failures >= GIVE_UP_AFTER:
         text = f"{failures} failures in a row: given up until the next trigger"
-        return replace(record, failures=failures, not_before=now + _backoff(failures)).logged(now, text)
+        return replace(record, failures=failures, not_before=later(now, _backoff(failures))).logged(now, text)
     cut_off = run.status in (Status.GONE, Status.KILLED)  # goes on where it was, the first time at once
     wait = max(_backoff(failures - cut_off), KILLED_WAIT if run.status is Status.KILLED else timedelta(0))
     pending = {**record.pending, "resume" if cut_off else "retry": now}
-    return replace(record, failures=failures, not_before=now + wait, pending=pending)
+    return replace(record, failures=failures, not_before=later(now, wait), pending=pending)
 
 
 _END = {
@@ -207,11 +216,11 @@ def _due(rules: Rules, record: Record, facts: Facts) -> Record:
         k: since for k, since in record.pending.items() if (k != "at" or rules.at) and (k != "labels" or rules.after)
     }
     record = replace(record, pending=pending)
-    if record.at != rules.at or record.at_checked is None or record.at_checked > now:
+    if record.at != rules.at or record.at_checked is None or elapsed(now, record.at_checked) > _NOTHING:
         record = replace(record, at=rules.at, at_checked=now)
     due = rules.next_at(record.at_checked.astimezone(now.tzinfo))  # type: ignore[union-attr]
-    if due and due <= now:
-        late = ", late: the server was not running then" if now - due > MISSED_AFTER else ""
+    if due and elapsed(due, now) >= _NOTHING:
+        late = ", late: the server was not running then" if elapsed(due, now) > MISSED_AFTER else ""
         record = replace(record, at_checked=now, pending={**record.pending, "at": record.pending.get("at", now)})
         record = record.logged(now, f"due: {describe(rules, 'at')}{late}")
     if labels is None:

@@ -37,7 +37,7 @@ from lib.data.samples import (
 )
 from lib.data.split import PinnedSplit
 from lib.engine import Engine
-from lib.errors import AppError, ConfigError
+from lib.errors import AppError, ConfigError, WeightsError
 from lib.evaluate import encoded, evaluate
 from lib.learned import PRESETS, Learned, fitted
 from lib.settings import AppSettings
@@ -51,6 +51,8 @@ from lib.versions.store import VersionStore, open_store
 from lib.worst_cases import keep_worst
 
 logger = logging.getLogger(__name__)
+LEFT_OUT_SHOWN = 20
+STORED = "stored"  # holds the name of the version that a run made
 NICE = 10  # of the training's process: clicks on the server beside it go first
 SHOWN = (
     "preset", "start", "loss", "augment", "epochs", "minutes", "batch", "views", "lr", "backbone_lr", "patience",
@@ -100,6 +102,7 @@ class AdaptTask(TrainTask):
                 os.nice(NICE)
             if hasattr(datastore, "only_read"):  # a PACS's, whose file the server beside this process writes
                 datastore.only_read()
+        self._tell_error(store, None)
         try:
             return _Training(self._row, self._settings, store, request, *stored_cases(datastore)).run()
         except AppError as error:
@@ -112,9 +115,15 @@ class AdaptTask(TrainTask):
             self._tell_error(store, f"{type(error).__name__}: the server's log says more.")
             raise
 
-    def _tell_error(self, store: VersionStore, sentence: str) -> None:
-        store.folder.mkdir(parents=True, exist_ok=True)
-        write_json(store.folder / PROGRESS, {**self.stats(), "error": sentence})
+    def _tell_error(self, store: VersionStore, sentence: Optional[str]) -> None:
+        """Beside the progress; None forgets the one of the training before."""
+        told = {key: value for key, value in self.stats().items() if key != "error"}
+        try:
+            if sentence or "error" in self.stats():
+                store.folder.mkdir(parents=True, exist_ok=True)
+                write_json(store.folder / PROGRESS, {**told, **({"error": sentence} if sentence else {})})
+        except OSError as error:  # a full disk must not hide what went wrong
+            logger.warning("The progress of the training cannot be written: %s", error.strerror)
 
 
 def stored_cases(datastore: Datastore) -> tuple[list[LabelledCase], list[str]]:
@@ -200,21 +209,38 @@ class _Training:
         self._take_up()
         for sentence in self.left_out:
             logger.warning(sentence)
-        torch.manual_seed(self.recipe.seed)
-        model = Learned(self.row, self.backbone, len(self.labels), self.recipe.preset).to(self.engine.device())
-        if self.start:
-            model.restore(self.store.tensors(self.start))
-            model.warm_up = 0.0  # its prompts are good already
+        model = self._begun()
         start = f"Goes on from {self.start.name}." if self.start else f"Starts anew: {self.why_anew}."
         batches = Batches(model, all_slices(self._of("train")), self.recipe)
         plan = f"{len(self._of('train'))} cases to train, {len(self._of('val'))} to validate. {start} {batches.plan()}"
         logger.info("preset %s: %s", self.recipe.preset, plan)
-        self.notes = {"plan": plan, "left_out": self.left_out}
+        more = len(self.left_out) - LEFT_OUT_SHOWN  # clients fetch the notes with every look at the progress
+        rest = [f"{more} more are left out; the server's log names them."] if more > 0 else []
+        self.notes = {"plan": plan, "left_out": self.left_out[:LEFT_OUT_SHOWN] + rest}
         self._tell(self.notes)
         work = Run(model, batches, self._of("val"), self.labels, self.recipe, self.folder)
         metrics = fit(work, lambda entry: self._tell({**entry, **self.notes}))
         pairs = calibration_pairs(model, self._of("val"), self.labels, metrics["cases"], encoded(model))
         return self._publish(model, {**metrics, CALIBRATION: pairs})
+
+    def _begun(self) -> Learned:
+        """The model with the tensors that it begins with."""
+        start = self.start
+        if start is None:
+            return self._anew()
+        model = self._anew()
+        try:
+            model.restore(self.store.tensors(start))
+        except WeightsError as error:  # of a program before this one, whose tensors had another form
+            logger.warning("%s", error)
+            self.start, self.why_anew = None, f"{start.name} does not load any more"
+            return self._anew()
+        model.warm_up = 0.0  # its prompts are good already
+        return model
+
+    def _anew(self) -> Learned:
+        torch.manual_seed(self.recipe.seed)
+        return Learned(self.row, self.backbone, len(self.labels), self.recipe.preset).to(self.engine.device())
 
     def _of(self, part: str) -> list[TrainingCase]:
         return [c for c in self.cases if self.parts[c.case] == part]
@@ -236,17 +262,14 @@ class _Training:
             mark.write_text(fingerprint)
 
     def _publish(self, model: Learned, metrics: dict[str, Any]) -> dict[str, Any]:
-        live = self.store.live()
-        trained = Trained(
-            backbone=self.backbone.spec.name, backbone_digest=self.backbone.weights_id, labels=self.labels,
-            recipe={**asdict(self.recipe), "options": self.row.options}, split=self.parts, metrics=metrics,
-            parent=live.name if live else None,
-        )  # fmt: skip
-        before = self._incumbent(live)
-        better, reason = beats(metrics, before, tolerance=self.settings.gate_tolerance)
+        absent = [n for k, n in enumerate(self.labels, 1) if not any((c.target == k).any() for c in self._of("val"))]
+        version = self._stored(model, {**metrics, "absent": absent})
+        live, before, standing = self._compared()
+        better, reason = beats(
+            metrics, before, tolerance=self.settings.gate_tolerance, absent=absent, standing=standing
+        )
         gone = [label for label in (live.labels if live else ()) if label not in self.labels]
         reason += f" No longer a label: {', '.join(gone)}." if gone else ""
-        version = self.store.add(model.trained(), trained)
         (self.store.promote if better else self.store.refuse)(version.name, reason)
         logger.info("%s %s: %s", version.name, "is live" if better else "is stored, not live", reason)
         self._archive(version)
@@ -257,6 +280,29 @@ class _Training:
         self._tell({**ended, **done})
         self._prune()
         return done
+
+    def _stored(self, model: Learned, metrics: dict[str, Any]) -> Version:
+        """The new version, stored before anything is asked of the old one; once, however often the run is cut off."""
+        mark = self.folder / STORED
+        if mark.exists():
+            return self.store.get(mark.read_text())
+        live = self.store.live_name()
+        trained = Trained(
+            backbone=self.backbone.spec.name, backbone_digest=self.backbone.weights_id, labels=self.labels,
+            recipe={**asdict(self.recipe), "options": self.row.options}, split=self.parts, metrics=metrics,
+            parent=live,
+        )  # fmt: skip
+        version = self.store.add(model.trained(), trained)
+        mark.write_text(version.name)
+        return version
+
+    def _compared(self) -> tuple[Optional[Version], Optional[dict[str, Any]], str]:
+        """The live version, its scores of today and why it has none; once more where another went live meanwhile."""
+        while True:
+            live = self.store.live()
+            scores, why_not = self._incumbent(live)
+            if self.store.live_name() == (live.name if live else None):
+                return live, scores, why_not
 
     def _report(
         self, model: Learned, version: Version, live: Optional[Version], before: Optional[dict[str, Any]]
@@ -282,24 +328,30 @@ class _Training:
         if old:
             logger.info("deleted %s", ", ".join(old))
 
-    def _incumbent(self, live: Optional[Version]) -> Optional[dict[str, Any]]:
-        """The live version's scores on today's validation cases; nothing where it fits backbone or images no more."""
-        if live is None or live.backbone_digest != self.backbone.weights_id:
-            return None
+    def _incumbent(self, live: Optional[Version]) -> tuple[Optional[dict[str, Any]], str]:
+        """The live version's scores on today's validation cases, or why it has none: it fits no more."""
+        if live is None:
+            return None, "nothing is live"
+        if live.backbone_digest != self.backbone.weights_id:
+            return None, f"{live.name}, which was live, belongs to another backbone"
         row = replace(self.row, options=live.recipe.get("options", self.row.options))  # the YAML may have changed
-        model = Learned(row, self.backbone, len(live.labels), live.recipe["preset"])
-        if model.spec.channels not in (3, self.channels):
-            return None
-        model.restore(self.store.tensors(live))
+        try:
+            model = Learned(row, self.backbone, len(live.labels), live.recipe["preset"])
+            if model.spec.channels not in (3, self.channels):
+                return None, f"{live.name}, which was live, reads images of {model.spec.channels} channels"
+            model.restore(self.store.tensors(live))
+        except AppError as error:  # of a program before this one
+            logger.warning("%s", error)
+            return None, f"{live.name}, which was live, does not load any more"
         model.to(self.engine.device()).eval()
-        return evaluate(model, self._of("val"), self.labels, encoded(model), own=live.labels)
+        return evaluate(model, self._of("val"), self.labels, encoded(model), own=live.labels), ""
 
     def _run_of(self, version: Version) -> Path:
         return self.folder.with_name(version.name)
 
     def _archive(self, version: Version) -> None:
         """Curves and progress stay under the version's name; what only resuming needs goes."""
-        for name in (STATE, BEST, "fingerprint"):
+        for name in (STATE, BEST, STORED, "fingerprint"):
             (self.folder / name).unlink(missing_ok=True)
         target = self._run_of(version)
         shutil.rmtree(target, ignore_errors=True)

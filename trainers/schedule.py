@@ -1,9 +1,10 @@
 """The training schedule: looks every few seconds, decides with :mod:`lib.triggers`, starts through MONAI Label's gate.
 
-Threads: APScheduler's one daemon thread calls :meth:`Scheduler.tick` and is the only one that changes the record; a
-look that raises is logged and the next one comes. Other threads only leave marks (:meth:`Scheduler.used`,
-:meth:`Scheduler.saved`, the pause file) and read the record, which is a value. Nothing runs in training children.
-Left out: stopping a training; ``DELETE /train/`` does that.
+Threads: one daemon thread calls :meth:`Scheduler.tick` and is the only one that changes the record; a look that raises
+is logged and the next one comes. When something is due is computed by APScheduler's triggers (:mod:`lib.train_rules`);
+its job queue is not used, since it sleeps through a clock that is set back. Other threads only leave marks
+(:meth:`Scheduler.used`, :meth:`Scheduler.saved`, the pause file) and read the record, which is a value. Nothing runs in
+training children. Left out: stopping a training; ``DELETE /train/`` does that.
 
 ``python -m trainers.schedule pause|resume|status --state DIR`` works with and without a running server.
 """
@@ -19,17 +20,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 from lib.errors import AppError, ConfigError
-from lib.schedule_record import Record, Status, is_paused, load, plain, save, set_paused
-from lib.train_rules import Rules
+from lib.schedule_record import FILE, Record, Status, is_paused, load, plain, save, set_paused
+from lib.settings import STATE_FOLDER
+from lib.train_rules import Rules, elapsed
 from lib.triggers import Facts, blocked, describe, new_labels, refused, started, step
 from trainers.gate import Gate
-
-if TYPE_CHECKING:
-    from apscheduler.events import JobExecutionEvent
-    from apscheduler.schedulers.background import BackgroundScheduler
 
 logger = logging.getLogger(__name__)
 TICK_S = 5.0
@@ -58,7 +56,7 @@ class Scheduler:
         self._looked: Optional[datetime] = None  # None: a label was saved since
         self._used = self._now()
         self._seen = Facts(self._used)
-        self._clock: Optional[BackgroundScheduler] = None
+        self._stopped: Optional[threading.Event] = None  # of the thread; None: there is none
 
     def start(self) -> None:
         """Takes up the record and looks from now on; nothing where no trigger is set, or again.
@@ -66,20 +64,21 @@ class Scheduler:
         Raises:
             WeightsError: if the record cannot be read.
         """
-        if not self.rules.enabled or self._clock is not None:
+        if not self.rules.enabled or self._stopped is not None:
             return
         self.restore()
-        self._clock = _clock(self.tick, self._failed, self._tick_s)
+        stopped = self._stopped = threading.Event()
+        threading.Thread(target=self._look_until, args=(stopped,), daemon=True, name="schedule").start()
 
     def restore(self) -> None:
         """Takes up the record of the server before this one."""
         self._record = self._saved = load(self.folder)
 
     def stop(self) -> None:
-        """Ends the thread."""
-        clock, self._clock = self._clock, None
-        if clock is not None:
-            clock.shutdown(wait=False)
+        """Ends the thread, after the look that is under way."""
+        stopped, self._stopped = self._stopped, None
+        if stopped is not None:
+            stopped.set()
 
     def used(self) -> None:
         """Somebody works on this server."""
@@ -114,8 +113,8 @@ class Scheduler:
         """What ``/info/`` shows."""
         record, now, run, labels = self._record, self._now(), self._record.run, self._labels
         facts = replace(self._seen, now=now, idle_s=self._idle_s(now), paused=is_paused(self.folder))
-        why_not, until = blocked(self.rules, record, facts) if record.pending else (None, None)
-        next_time = None if facts.paused else until or self.rules.next_at(now)
+        why_not, until = blocked(self.rules, record, facts) if record.pending or facts.paused else (None, None)
+        next_time = until if why_not else self.rules.next_at(now)
         return plain(
             {
                 "enabled": self.rules.enabled,
@@ -123,7 +122,7 @@ class Scheduler:
                 "model": self.gate.model,
                 "next": next_time,
                 "pending": [describe(self.rules, key) for key in record.pending],
-                "waits_for": why_not,
+                "waits_for": why_not if record.pending else None,
                 "new_labels": None if labels is None else new_labels(record, labels),
                 "last_training": run and {k: getattr(run, k) for k in ("by", "why", "started", "status")},
                 "log": record.lines,
@@ -132,7 +131,7 @@ class Scheduler:
 
     def _facts(self) -> Facts:
         now, run = self._now(), self._record.run
-        if self._looked is None or self._labels is None or now - self._looked >= LOOK_AGAIN:
+        if self._looked is None or self._labels is None or abs(elapsed(self._looked, now)) >= LOOK_AGAIN:
             self._looked = now  # before: what is saved meanwhile is looked at again
             self._labels = self.gate.labels()
         return Facts(
@@ -147,7 +146,16 @@ class Scheduler:
         )
 
     def _idle_s(self, now: datetime) -> float:
-        return (now - self._used).total_seconds()
+        if elapsed(self._used, now) < timedelta(0):  # the clock was set back
+            self._used = now
+        return elapsed(self._used, now).total_seconds()
+
+    def _look_until(self, stopped: threading.Event) -> None:
+        while not stopped.wait(self._tick_s):
+            try:
+                self.tick()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next look comes
+                self._failed(error)
 
     def _keep(self, record: Record) -> None:
         for what in record.news(self._record):
@@ -157,38 +165,26 @@ class Scheduler:
             save(self.folder, record)
             self._saved = record
 
-    def _failed(self, event: JobExecutionEvent) -> None:
+    def _failed(self, error: Exception) -> None:
         """A look raised; the next one comes. Its text may name files."""
-        name = type(event.exception).__name__
+        name = type(error).__name__
         logger.warning("schedule: a look failed (%s) and is tried again", name)
         self._record = self._record.logged(self._now(), f"a look failed ({name}) and is tried again")
 
     def _hand_over(self, newer: Scheduler) -> None:
         """The server loaded the app again, and does not tell the new one that it runs."""
         newer.start()
-        threading.Thread(target=self.stop, daemon=True).start()  # the clock's thread, this one, cannot wait for itself
-
-
-def _clock(
-    look: Callable[[], None], failed: Callable[[JobExecutionEvent], None], seconds: float
-) -> BackgroundScheduler:
-    from apscheduler.events import EVENT_JOB_ERROR
-    from apscheduler.executors.debug import DebugExecutor
-    from apscheduler.schedulers.background import BackgroundScheduler
-
-    logging.getLogger("apscheduler").setLevel(logging.CRITICAL)  # its tracebacks may name files; failures are told here
-    # looks run in the clock's own daemon thread, so that no worker thread holds up the end of the server
-    clock = BackgroundScheduler(executors={"default": DebugExecutor()}, daemon=True)
-    clock.add_listener(failed, EVENT_JOB_ERROR)
-    clock.add_job(look, "interval", seconds=seconds, coalesce=True, misfire_grace_time=None)
-    clock.start()
-    return clock
+        self.stop()
 
 
 def _local_time() -> datetime:
+    """In the server's zone by name, which knows when its clocks change; by its offset of today where it has no name."""
     from tzlocal import get_localzone
 
-    return datetime.now(get_localzone())
+    try:
+        return datetime.now(get_localzone())
+    except (KeyError, ValueError, OSError):  # TZ may be any rule that the system's C library reads
+        return datetime.now().astimezone()
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -198,10 +194,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--state", type=Path, required=True, help="the studies' .autosam folder")
     given = parser.parse_args(arguments)
     try:
-        if not given.state.is_dir():
-            raise ConfigError(
-                "--state: expected the .autosam folder of the studies, received no folder. Check the path."
-            )
+        _check_state(given.state)
         if given.command != "status":
             set_paused(given.state, given.command == "pause")
         sys.stdout.write(_told(given.state))
@@ -209,6 +202,17 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     return 0
+
+
+def _check_state(folder: Path) -> None:
+    """A pause in another folder would stop nothing and say it did."""
+    if not folder.is_dir():
+        raise ConfigError("--state: expected the .autosam folder of the studies, received no folder. Check the path.")
+    if folder.name != STATE_FOLDER and not (folder / FILE).exists():
+        raise ConfigError(
+            f"--state: expected {STATE_FOLDER} in the studies, or the server's state_dir, received a folder without "
+            f"{FILE}. Check the path, or start a server with train_at or train_after first."
+        )
 
 
 def _told(folder: Path) -> str:

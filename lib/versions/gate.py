@@ -7,7 +7,7 @@ The gate looks at the mean and at every class: a mean that rises may hide a stru
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import median
 from typing import Any, Optional
 
@@ -42,7 +42,12 @@ def check_fits(version: Version, backbone_digest: str, labels: Optional[Sequence
 
 
 def beats(
-    challenger: Mapping[str, Any], incumbent: Optional[Mapping[str, Any]], *, tolerance: float
+    challenger: Mapping[str, Any],
+    incumbent: Optional[Mapping[str, Any]],
+    *,
+    tolerance: float,
+    absent: Collection[str] = (),
+    standing: str = "nothing is live",
 ) -> tuple[bool, str]:
     """The gate: whether a new version may replace the live one, and why, in sentences without case names.
 
@@ -53,24 +58,27 @@ def beats(
         challenger: ``mean_dice``, ``dice`` by label and ``cases`` (names, or a mapping by name) of the new version.
         incumbent: the same of the live version, scored now; None where nothing is live that could answer.
         tolerance: Dice that a class may lose while the mean rises.
+        absent: labels that no validation case has. A stray voxel is all that could be judged of them, so they count
+            neither in the mean nor as a class, unless there are no others.
+        standing: why there is no incumbent.
 
     Raises:
         ConfigError: if the two were scored on other cases or labels, or ``mean_dice`` is missing.
     """
-    new, cases = _mean_dice(challenger), len(challenger.get("cases", ()))
+    cases = len(challenger.get("cases", ()))
     count = f"{cases} case{'' if cases == 1 else 's'}"
     if incumbent is not None:
         _check_comparable(challenger, incumbent)
-    old = _mean_dice(incumbent) if incumbent is not None else None
+        incumbent = _judged(incumbent, absent)
+    challenger = _judged(challenger, absent)
+    new, old = _mean_dice(challenger), _mean_dice(incumbent) if incumbent is not None else None
     if new is None:
         return False, f"The new version has no mean Dice on {count}, so it cannot win."
     won = new > (old or 0.0)
     if old is None or incumbent is None:
-        why = "nothing is live" if incumbent is None else "the live version has no score"
-        return (
-            won,
-            f"Mean Dice {new:.4f} on {count} {'wins' if won else 'is too low'}: {why}, so above 0 is enough.",
-        )
+        why = standing if incumbent is None else "the live version has no score"
+        verdict = "wins" if won else "is too low"
+        return won, f"Mean Dice {new:.4f} on {count} {verdict}: {why}, so above 0 is enough.{_unjudged(absent)}"
     verb = "beats" if won else "does not beat"
     means = f"Mean Dice {new:.4f} {verb} {old:.4f} ({new - old:+.2g}) on the same {count}"
     worse = [
@@ -78,7 +86,20 @@ def beats(
     ]
     if worse:
         means += f", {'but' if won else 'and'} {', '.join(worse)}, more than the {tolerance:g} that a class may lose"
-    return won and not worse, f"{means}.{_case_by_case(challenger, incumbent)}"
+    return won and not worse, f"{means}.{_case_by_case(challenger, incumbent)}{_unjudged(absent)}"
+
+
+def _judged(scores: Mapping[str, Any], absent: Collection[str]) -> Mapping[str, Any]:
+    """Scores of the labels that some validation case has."""
+    dice = {label: value for label, value in (scores.get("dice") or {}).items() if label not in absent}
+    if not absent or not dice:
+        return scores
+    cases = {case: {k: d for k, d in row.items() if k not in absent} for case, row in by_case(scores).items()}
+    return {**scores, "mean_dice": sum(map(_number, dice.values())) / len(dice), "dice": dice, "cases": cases}
+
+
+def _unjudged(absent: Collection[str]) -> str:
+    return f" In no validation case, so not judged: {', '.join(absent)}." if absent else ""
 
 
 def dropped(

@@ -103,7 +103,8 @@ def gathered(store: VersionStore, version: Version) -> dict[str, Any]:
 
 def _by_label(version: Version, before: Optional[Mapping[str, Any]]) -> list[dict[str, Any]]:
     now, then = version.metrics.get("dice") or {}, (before or {}).get("dice") or {}
-    return [{"label": k, "now": now.get(k), "before": then.get(k)} for k in version.labels]
+    absent = version.metrics.get("absent") or ()
+    return [{"label": k, "now": now.get(k), "before": then.get(k), "absent": k in absent} for k in version.labels]
 
 
 def _cases(version: Version, before: Optional[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Optional
 from zoneinfo import ZoneInfo
 
@@ -211,6 +211,49 @@ def test_clock_set_back_does_not_hold_up() -> None:
     assert world.look(12 * 60, labels=labels("c1")) is not None
 
 
+def test_failure_while_the_clock_was_far_ahead_does_not_hold_up() -> None:
+    world = World(Rules(after=1))
+    world.look(10 * 365 * 24 * 60, labels=labels("a1"))
+    world.ends(Status.ERROR)
+    assert world.look(-10 * 365 * 24 * 60) == Start("the last training failed", {})
+
+
+BERLIN = ZoneInfo("Europe/Berlin")
+AUTUMN = datetime(2026, 10, 24, 23, 30, tzinfo=UTC)  # half an hour before the clocks show two o'clock the first time
+SPRING = datetime(2026, 3, 29, 0, 30, tzinfo=UTC)  # half an hour before they show three instead of two
+
+
+def look_at(world: World, moment: datetime, **facts: Any) -> Optional[Start]:
+    """As :meth:`World.look`, at a moment on the clocks of Berlin."""
+    world.now = moment.astimezone(BERLIN)
+    return world.look(**facts)
+
+
+@pytest.mark.parametrize("status", [Status.DONE, Status.STOPPED])
+def test_hour_that_comes_twice_is_one_due_time(status: Status) -> None:
+    world = World(Rules(at="02:00"), now=AUTUMN.astimezone(BERLIN))
+    world.look(labels=labels("a1"))
+    starts = [look_at(world, AUTUMN + timedelta(minutes=m), status=status) for m in range(1, 24 * 60)]
+    assert [m for m, start in enumerate(starts, 1) if start] == [30]
+    assert world.said == ["due: train_at 02:00", "started: train_at 02:00", world.said[-1]]
+    assert look_at(world, AUTUMN + timedelta(hours=25, minutes=30), labels=labels("a1", "b1"))  # two the next night
+
+
+def test_hour_that_the_clocks_leave_out_is_due_once() -> None:
+    world = World(Rules(at="02:30"), now=SPRING.astimezone(BERLIN))
+    world.look(labels=labels("a1"))
+    starts = [look_at(world, SPRING + timedelta(minutes=m), status=Status.DONE) for m in range(1, 20 * 60)]
+    assert len([start for start in starts if start]) == 1 and "late" not in str(world.said)
+
+
+def test_interval_is_of_real_minutes_when_the_clocks_are_changed() -> None:
+    world = World(Rules(after=1, interval_min=60), now=AUTUMN.astimezone(BERLIN))
+    assert world.look(labels=labels("a1"))
+    world.ends(minutes=1)
+    assert look_at(world, AUTUMN + timedelta(minutes=59), labels=labels("a1", "b1")) is None
+    assert look_at(world, AUTUMN + timedelta(minutes=60)) is not None
+
+
 def test_refused_start_is_tried_again() -> None:
     world = World(Rules(after=1))
     for _ in range(2):
@@ -238,8 +281,9 @@ def test_training_by_hand_answers_the_labels_and_not_the_time() -> None:
     assert set(world.record.pending) == {"labels", "at"}
     world.look(job=Job("x", {"epochs": 1}), busy=True, paused=False)
     assert set(world.record.pending) == {"at"}
-    assert world.record.seen == labels("a1", "b1") and world.record.last_start is None
+    assert new_labels(world.record, labels("a1", "b1")) == 0 and world.record.last_start is None
     assert world.look(5, status=Status.DONE, busy=False) is None
+    assert world.record.seen == labels("a1", "b1")
     assert world.said[-1] == "not started: no final label changed since the last training"
 
 
@@ -249,6 +293,29 @@ def test_training_by_hand_that_ends_badly_is_its_starters_matter(status: Status)
     world.look(job=Job("x", {}), busy=True)
     assert world.look(5, status=status, busy=False) is None
     assert not world.record.pending and world.record.failures == 0
+
+
+@pytest.mark.parametrize("status", [Status.ERROR, Status.KILLED, Status.STOPPED])
+def test_training_by_hand_that_ends_badly_answers_nothing(status: Status) -> None:
+    world = World(Rules(after=2))
+    world.look(labels=labels("a1", "b1"), paused=True)
+    since = world.record.pending["labels"]
+    world.look(1, job=Job("x", {"epochs": 1}), busy=True, paused=False)
+    assert not world.record.pending and new_labels(world.record, labels("a1", "b1")) == 0
+    assert new_labels(world.record, labels("a2", "b1", "c1")) == 2  # labels saved meanwhile count
+    assert world.look(5, status=status, busy=False) == Start("train_after 2", {})
+    assert world.record.run.why == "train_after 2" and since < world.now  # type: ignore[union-attr]
+
+
+def test_training_by_hand_keeps_a_retry_only_if_it_fails() -> None:
+    for status, expected in ((Status.ERROR, {"retry"}), (Status.DONE, set())):
+        world = World(Rules(after=1))
+        assert world.look(labels=labels("a1"))
+        assert world.ends(Status.ERROR, 0) is None and set(world.record.pending) == {"retry"}
+        world.look(1, job=Job("x", {}), busy=True, status=Status.RUNNING)
+        assert not world.record.pending
+        world.look(1, status=status, busy=False, paused=True)
+        assert set(world.record.pending) == expected
 
 
 def test_stopped_training_is_not_started_again() -> None:

@@ -352,7 +352,56 @@ def test_incumbent_of_another_backbone_does_not_stand_in_the_way(world: World, d
     monkeypatch.setattr(adapt.Engine, "warm", _renamed(adapt.Engine.warm))
     dice(0.1)
     done = world.train()
-    assert done["live"] and "nothing is live" in done["reason"]
+    assert done["live"] and "v0001, which was live, belongs to another backbone, so above 0 is enough" in done["reason"]
+
+
+@pytest.mark.parametrize("start", ["live", "new"])
+def test_incumbent_that_does_not_load_any_more_stands_in_no_way(world: World, dice, monkeypatch, start: str) -> None:
+    """A program of before had tensors of another form."""
+    dice(0.9)
+    world.fill(4).train()
+    monkeypatch.setattr(VersionStore, "tensors", lambda store, version: {"other": torch.zeros(1)})
+    dice(0.1)
+    done = world.train(start=start)
+    assert done["live"] and "v0001, which was live, does not load any more" in done["reason"]
+    assert start == "new" or "Starts anew: v0001 does not load any more." in world.task.stats()["plan"]
+
+
+def test_version_is_stored_whatever_happens_while_the_live_one_is_scored(world: World, dice, monkeypatch) -> None:
+    dice(0.5)
+    world.fill(4).train()
+    dice(0.9)
+    with monkeypatch.context() as patch:
+        patch.setattr(adapt, "evaluate", _raise(RuntimeError("out of memory")))
+        with pytest.raises(RuntimeError):
+            world.train(seed=5)
+    assert [v.name for v in world.versions.list()] == ["v0001", "v0002"] and world.versions.live_name() == "v0001"
+    monkeypatch.setattr(adapt, "evaluate", lambda model, cases, labels, *_, **__: _scored(cases, labels, 0.5))
+    done = world.train(seed=5)
+    assert done["version"] == "v0002" and done["live"], done  # and not once more as v0003
+
+
+def test_rollback_while_the_live_version_is_scored_is_not_overridden(world: World, dice, monkeypatch) -> None:
+    for value in (0.3, 0.5):
+        dice(value)
+        world.fill(4).train(seed=int(10 * value))
+    asked: list[str] = []
+
+    def rolled_back(model: Any, cases: Any, labels: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        asked.append(world.versions.live_name())
+        if len(asked) == 1:
+            world.versions.rollback("by hand")
+        return _scored(cases, labels, 0.4)
+
+    monkeypatch.setattr(adapt, "evaluate", rolled_back)
+    dice(0.9)
+    assert "beats 0.4000" in world.train(seed=7)["reason"]
+    assert asked == ["v0002", "v0001"]
+
+
+def _scored(cases: Any, labels: Any, dice: float) -> dict[str, Any]:
+    row = dict.fromkeys(labels, 0.0)
+    return {"mean_dice": dice, "dice": row, "cases": {c.case: row for c in cases}}
 
 
 def _renamed(warm: Callable) -> Callable:
@@ -405,6 +454,27 @@ def test_unforeseen_error_is_told_without_what_it_may_name(world: World, monkeyp
     with pytest.raises(RuntimeError, match="out of memory"):
         world.fill(4).train()
     assert world.task.stats()["error"] == "RuntimeError: the server's log says more."
+
+    monkeypatch.setattr(adapt, "fit", lambda *_: pytest.fail(str(world.task.stats())))  # not before the next one fails
+    with pytest.raises(pytest.fail.Exception) as found:
+        world.train()
+    assert "error" not in str(found.value) and "plan" in str(found.value)
+
+
+def test_disk_too_full_for_the_error_does_not_hide_it(world: World, monkeypatch) -> None:
+    monkeypatch.setattr(adapt, "write_json", _raise(OSError(28, "No space left on device")))
+    with pytest.raises(MONAILabelException, match="labelled"):
+        world.train()
+
+
+def test_progress_names_so_many_of_what_is_left_out_and_no_more(world: World, dice, monkeypatch) -> None:
+    monkeypatch.setattr(adapt, "LEFT_OUT_SHOWN", 1)
+    dice(0.5)
+    for n in range(3):
+        world.add(f"wrong{n}", n, np.zeros((3, 3, 3), np.uint8))
+    world.fill(4).train()
+    left_out = world.task.stats()["left_out"]
+    assert len(left_out) == 2 and left_out[1] == "2 more are left out; the server's log names them."
 
 
 def test_full_disk_while_storing_is_told(world: World, monkeypatch) -> None:

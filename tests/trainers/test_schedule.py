@@ -158,6 +158,37 @@ def test_idle_counts_from_the_start_and_from_every_use(make, gate: FakeGate, clo
     assert len(gate.jobs) == 1
 
 
+def test_clock_set_back_makes_nobody_a_user_of_the_future(make, gate: FakeGate, clock: Clock) -> None:
+    gate.found = {"a": "1"}
+    scheduler = make(Rules(after=1, idle_min=10))
+    scheduler.used()
+    clock.move(-180)
+    scheduler.tick()
+    clock.move(9)
+    scheduler.tick()
+    assert not gate.jobs
+    clock.move(1)
+    scheduler.tick()
+    assert len(gate.jobs) == 1
+
+
+def test_next_is_unknown_while_what_is_due_waits_for_a_person(make, gate: FakeGate) -> None:
+    gate.found = {"a": "1"}
+    scheduler = make(Rules(at="02:00", after=1, idle_min=10))
+    scheduler.used()
+    scheduler.tick()
+    view = scheduler.view()
+    assert view["waits_for"].startswith("somebody used the server") and view["next"] is None
+
+
+@pytest.mark.parametrize("zone", ["JST-9", "CET-1CEST,M3.5.0,M10.5.0/3", "nowhere/at_all"])
+def test_zone_that_has_no_name_stops_nothing(zone: str) -> None:
+    code = "from trainers.schedule import _local_time; assert _local_time().utcoffset() is not None"
+    line = [sys.executable, "-c", code]
+    found = subprocess.run(line, cwd=ROOT, env={**os.environ, "TZ": zone}, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+
+
 def test_view_tells_what_is_due_and_what_it_waits_for(make, gate: FakeGate, clock: Clock) -> None:
     gate.found = {"a": "1"}
     scheduler = make(Rules(at="02:00", after=1, hours="20:00-06:00"))
@@ -282,7 +313,7 @@ def test_reloaded_app_takes_over(running: Scheduler, gate: FakeGate, tmp_path: P
     running.saved()
     assert eventually(lambda: len(after.jobs) == 1)
     assert not gate.jobs
-    assert eventually(lambda: running._clock is None)
+    assert eventually(lambda: running._stopped is None)
     newer.stop()
 
 
@@ -435,7 +466,9 @@ def test_gate_knows_the_app_that_replaced_its_own(app: App) -> None:
 def test_command_line_pauses_resumes_and_shows(make, gate: FakeGate, capsys) -> None:
     gate.found = {"a": "1"}
     scheduler = make()
-    scheduler.folder.mkdir()
+    scheduler.pause()
+    scheduler.tick()
+    assert main(["resume", "--state", str(scheduler.folder)]) == 0
     assert main(["pause", "--state", str(scheduler.folder)]) == 0
     scheduler.tick()
     assert not gate.jobs
@@ -454,7 +487,16 @@ def test_command_line_names_a_wrong_folder(tmp_path: Path, capsys) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_command_line_pauses_no_folder_that_no_server_reads(tmp_path: Path, capsys) -> None:
+    assert main(["pause", "--state", str(tmp_path)]) == 2  # the studies instead of their .autosam
+    assert "received a folder without schedule.json" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".autosam").mkdir()
+    assert main(["pause", "--state", str(tmp_path / ".autosam")]) == 0  # before its first start
+
+
 def test_command_line_loads_no_torch(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("{}")
     code = "import sys; from trainers.schedule import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     line = [sys.executable, "-c", code, "status", "--state", str(tmp_path)]
     assert subprocess.run(line, cwd=ROOT, capture_output=True, timeout=120).returncode == 0

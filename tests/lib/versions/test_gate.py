@@ -71,6 +71,30 @@ def test_gate_blocks_what_loses_a_class_even_if_the_mean_rises(new, old, toleran
     assert won is ("drops" not in sentence)
 
 
+def rows(**cases: tuple[float, float]) -> dict[str, Any]:
+    """Scores of RV and LV by case."""
+    dice = {name: sum(row[k] for row in cases.values()) / len(cases) for k, name in enumerate(("RV", "LV"))}
+    table = {case: dict(zip(dice, row)) for case, row in cases.items()}
+    return {"mean_dice": sum(dice.values()) / 2, "dice": dice, "cases": table}
+
+
+def test_label_that_no_case_has_decides_nothing() -> None:
+    """A stray voxel in one of three cases is a Dice of 0 there, an empty answer one of 1."""
+    new = rows(a=(0.95, 0.0), b=(0.95, 1.0), c=(0.95, 1.0))
+    old = rows(a=(0.90, 1.0), b=(0.90, 1.0), c=(0.90, 1.0))
+    assert not beats(new, old, tolerance=TOLERANCE)[0]
+    won, sentence = beats(new, old, tolerance=TOLERANCE, absent=["LV"])
+    assert won and "Mean Dice 0.9500 beats 0.9000" in sentence and "3 better, 0 worse" in sentence
+    assert sentence.endswith("In no validation case, so not judged: LV.")
+    assert beats(old, new, tolerance=TOLERANCE, absent=["LV"])[0] is False
+    assert beats(new, None, tolerance=TOLERANCE, absent=["LV"])[1].startswith("Mean Dice 0.9500 on 3 cases wins")
+
+
+def test_labels_that_no_case_has_count_where_there_are_no_others() -> None:
+    won, sentence = beats(rows(a=(1.0, 1.0)), rows(a=(0.0, 1.0)), tolerance=TOLERANCE, absent=["RV", "LV"])
+    assert won and "Mean Dice 1.0000 beats 0.5000" in sentence
+
+
 def test_dropped_names_the_worst_first() -> None:
     assert [label for label, *_ in dropped(by_label(0.5, 0.1), by_label(0.9, 0.9), 0.02)] == ["LV", "RV"]
 
