@@ -4,15 +4,17 @@
 
 One training per set on 16 ``adapt`` cases with ``compact``; then the annotator of the labelling session clicks
 (:mod:`bench.session_annotator`) on ``test`` cases, without a server, twice: with :mod:`lib.correction` and
-:mod:`lib.claims`, and with the decoder's answer left alone. A click loses where the mean Dice is lower after it, and is
-obeyed where its voxel then shows what the annotator said. Intervals are bootstrapped over test patients.
+:mod:`lib.claims`, and with the decoder's answer left alone. With ``--minutes 0`` nothing is trained and plain SAM
+answers: with :mod:`lib.plain`, and with the first label of the list keeping what several want. A click loses where the
+mean Dice is lower after it, and is obeyed where its voxel then shows what the annotator said. Intervals are
+bootstrapped over test patients.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from lib.data.samples import TrainingCase
 from lib.engine import Engine
 from lib.settings import AppSettings
 from lib.types import Click as Point
-from lib.types import UserPrompts
+from lib.types import Prediction, UserPrompts
 from lib.versions.record import Trained
 from lib.versions.store import open_store
 
@@ -40,11 +42,13 @@ TRAINED, SHOWN = 16, (0, 1, 3, 5, 10, MOST)
 
 
 def version(data: Data, minutes: float, scratch: Path) -> AssistedEngine:
-    """An engine with a version that was trained for this bench."""
-    model = learn(data, few(data.adapt, TRAINED), "full", 60 * minutes, 1, scratch / "run")
+    """An engine with a version that was trained for this bench, or without one."""
     own = {"backbone": "compact", "cache_dir": str(scratch / "cache"), "state_dir": str(scratch), "prefetch": "false"}
     engine, row = Engine(AppSettings.from_conf(own)), method_row("sam2rad")
     store = open_store(scratch, row.name)
+    if not minutes:
+        return AssistedEngine(engine, row, store, data.labels)
+    model = learn(data, few(data.adapt, TRAINED), "full", 60 * minutes, 1, scratch / "run")
     facts = Trained(
         backbone="compact", backbone_digest=engine.warm().weights_id, labels=data.labels,
         recipe={"preset": "full", "options": row.options}, split={}, metrics={"mean_dice": 0.0},
@@ -63,6 +67,15 @@ def by_label(clicks: Sequence[Click], labels: Sequence[str]) -> dict[str, UserPr
     return {name: UserPrompts(tuple(points)) for name, points in found.items() if points}
 
 
+def in_the_order_of_the_list(found: Mapping[int, Prediction], *_: Any, **__: Any) -> np.ndarray:
+    """Plain SAM's answers, the label before in the list keeping what several want."""
+    last_first = sorted(found.items(), reverse=True)
+    mask = np.zeros(last_first[0][1].mask.shape, np.uint8)
+    for number, answer in last_first:
+        mask[answer.mask > 0] = number
+    return mask
+
+
 @contextmanager
 def left_alone() -> Iterator[None]:
     """The decoder's answers as they are."""
@@ -70,6 +83,7 @@ def left_alone() -> Iterator[None]:
         mock.patch.object(assisted, "near_points", lambda after, before, points: after),
         mock.patch.object(Said, "settled", lambda self, found, mask, *, walks: found),
         mock.patch.object(Said, "reach", lambda self, count: range(count)),
+        mock.patch.object(assisted, "label_map", in_the_order_of_the_list),
     ):
         yield
 
@@ -79,7 +93,10 @@ def session(engine: AssistedEngine, data: Data, case: TrainingCase) -> dict[str,
     obeyed: list[bool] = []
 
     def ask(clicks: Sequence[Click]) -> np.ndarray:
-        mask = engine.segment(case.volume, by_label(clicks, data.labels)).mask
+        prompts = by_label(clicks, data.labels)
+        if engine.live() is None and not any(p.starts for p in prompts.values()):  # plain SAM would refuse
+            return np.zeros((len(data.labels), *case.target.shape), bool)
+        mask = engine.segment(case.volume, prompts).mask
         if clicks:
             there = clicks[-1].true_structure
             obeyed.append(int(mask[clicks[-1].ijk]) == (0 if there is None else there + 1))
@@ -113,7 +130,7 @@ def main() -> int:
     parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"))
     parser.add_argument("--sets", nargs="+", choices=sorted(SETS), default=list(SETS))
     parser.add_argument("--cases", type=int, default=8, help="test patients of each set")
-    parser.add_argument("--minutes", type=float, default=4.0, help="of training")
+    parser.add_argument("--minutes", type=float, default=4.0, help="of training; 0: none, plain SAM")
     options = parser.parse_args()
     report = Report("Corrections as shown and as decoded", options.out)
     for name in options.sets:

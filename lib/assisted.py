@@ -3,7 +3,7 @@
 Autonomous: all slices, all classes, nobody clicks; kept per volume, window, axis and version. Assisted: on slices with
 prompts, learned and user prompts go into one decoder call, of which the change at the user's points is kept; it is
 carried to the neighbours both ways while it changes anything and as far as the points reach (:mod:`lib.claims`), and
-everything else is the autonomous result. Without a live version each label is plain SAM.
+everything else is the autonomous result. Without a live version each label is plain SAM (:mod:`lib.plain`).
 
 The answer depends on nothing but volume, prompts, options and version. Any number of threads may call it; a new live
 version is noticed with one look at a file and loaded once, while requests under way finish with the old one.
@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile
 
 import numpy as np
@@ -35,12 +36,13 @@ from lib.engine import Engine, SegmentOptions
 from lib.errors import PromptError
 from lib.evaluate import label_maps
 from lib.learned import Answer, Learned
+from lib.plain import label_map
 from lib.prompts.user import SlicePrompts, by_slice, prompt_set
 from lib.propagate import SliceResult
 from lib.proposed import points_by_label
 from lib.timing import Timed
 from lib.transform import SliceTransform
-from lib.types import LabelPrediction, UserPrompts, Volume
+from lib.types import LabelPrediction, Prediction, UserPrompts, Volume
 from lib.uncertainty import Uncertainty, entropy_map
 from lib.versions.gate import check_fits
 from lib.versions.record import Version
@@ -48,6 +50,7 @@ from lib.versions.store import VersionStore
 from lib.windows import answers, window_around
 
 KEPT_MB = 512  # of autonomous results
+PLAIN_MB = 256  # of plain SAM's answers by label, while nothing is trained
 WINDOWS_MB = 256  # of features around clicked slices, for models that see neighbours
 REACH = 5  # cells of the mask grid across which a change may spread from one slice to the next
 DEFAULTS = SegmentOptions()
@@ -75,6 +78,7 @@ class AssistedEngine:
     def __init__(self, engine: Engine, row: MethodRow, store: VersionStore, labels: tuple[str, ...]) -> None:
         self.engine, self.row, self.store, self.offered = engine, row, store, labels
         self._kept: Lru[Automatic] = Lru(KEPT_MB << 20, Automatic.nbytes, engine.waiting)
+        self._plain_kept: Lru[Prediction] = Lru(PLAIN_MB << 20, lambda p: p.mask.nbytes, engine.waiting)
         self._windows: Lru[Features] = Lru(WINDOWS_MB << 20, Features.nbytes, engine.waiting)
         self._live: tuple[object, Live | None] = (None, None)
         self._loading = threading.Lock()
@@ -165,24 +169,29 @@ class AssistedEngine:
         return replace(found, latencies_s=seconds), doubt
 
     def _plain(self, volume: Volume, prompts: Mapping[str, UserPrompts], options: SegmentOptions) -> LabelPrediction:
-        """Every label by itself; where two overlap, the one before in the list keeps the voxel."""
+        """Every label by itself, one map of them all; a label whose prompts are those of the last click is kept."""
         drawn = {label: p for label, p in prompts.items() if p.starts}
         if not drawn:
             raise PromptError(
                 f"No trained version of {self.row.name} is live, so plain SAM answers, which needs a positive click or "
                 "a box. Click on a structure, or train first."
             )
-        mask, quality = np.zeros(volume.shape, np.uint8, order="F"), {}
+        found: dict[int, Prediction] = {}
         warnings: list[str] = []
-        axis, cache = 2, Counter[str]()
+        cache = Counter[str]()
         for label, one in drawn.items():
-            found = self.engine.segment(volume, one, options)
-            mask[(found.mask > 0) & (mask == 0)] = self.offered.index(label) + 1
-            quality[label], axis = found.quality, found.axis
-            warnings += found.warnings
-            cache.update(found.cache)
+            strokes = [(s.positive, s.voxels.tobytes()) for s in one.strokes]  # an array's repr leaves out its middle
+            key = repr((volume.content_hash, volume.window.key(), options, one.clicks, one.boxes, strokes))
+            answer, there = self._plain_kept.get_or_make(key, partial(self.engine.segment, volume, one, options))
+            found[self.offered.index(label) + 1] = answer
+            warnings += answer.warnings
+            cache.update({"plain_hits": 1} if there else answer.cache)
         warnings.append(f"No trained version of {self.row.name} is live yet: this is plain SAM.")
+        numbered = {self.offered.index(label) + 1: one for label, one in drawn.items()}
+        mask = label_map(found, numbered, volume.spacing_mm, walks=options.propagate and not options.planar)
+        quality = {self.offered[number - 1]: answer.quality for number, answer in found.items()}
         edited = {label: tuple(slices) for label, slices in quality.items()}
+        axis = next(iter(found.values())).axis
         return LabelPrediction(
             mask, self.offered, axis, quality, {}, edited, None, {}, dict(cache), tuple(warnings), volume.window
         )

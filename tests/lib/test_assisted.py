@@ -98,12 +98,32 @@ def test_plain_sam_answers_label_by_label_with_a_warning(plain: AssistedEngine, 
     assert "No trained version of sam2rad is live yet: this is plain SAM." in found.warnings
 
 
-def test_plain_sam_first_label_keeps_a_voxel_that_two_claim(plain: AssistedEngine, path: Path) -> None:
+def test_plain_sam_shows_what_was_said_of_several_labels(plain: AssistedEngine, path: Path) -> None:
     volume = plain.engine.open(path)
-    asked = {"a": click((16, 18, 3)), "b": UserPrompts(boxes=(Box((2, 2, 3), (30, 30, 4)),))}
+    asked = {"a": UserPrompts(boxes=(Box((2, 2, 3), (30, 30, 4)),)), "b": click((16, 18, 3))}
     parts = {name: plain.engine.segment(volume, one, ALONE).mask for name, one in asked.items()}
     found = plain.segment(volume, asked, ALONE)
-    assert np.array_equal(found.mask, np.where(parts["a"] > 0, 1, parts["b"] * 2))
+    assert found.mask[16, 18, 3] == 2, "the label before it in the list covers the voxel"
+    only = {n: (parts[name] > 0) & (parts[other] == 0) for n, name, other in ((1, "a", "b"), (2, "b", "a"))}
+    assert (found.mask[only[1]] == 1).all() and (found.mask[only[2]] == 2).mean() > 0.5
+    swapped = plain.segment(volume, dict(reversed(asked.items())), ALONE)
+    assert np.array_equal(found.mask, swapped.mask)
+
+
+def test_plain_sam_decodes_only_the_label_that_was_clicked(plain: AssistedEngine, path: Path, monkeypatch) -> None:
+    volume = plain.engine.open(path)
+    stroke = UserPrompts(strokes=(Stroke(np.array([(i, 18, 3) for i in range(4, 24)]), True),))
+    first = plain.segment(volume, {"a": stroke, "b": click((16, 18, 3))}, ALONE)
+    asked: list[UserPrompts] = []
+    segment = plain.engine.segment
+    monkeypatch.setattr(plain.engine, "segment", lambda v, p, o: (asked.append(p), segment(v, p, o))[1])
+    more = click((16, 18, 3), (17, 18, 3))
+    second = plain.segment(volume, {"a": stroke, "b": more}, ALONE)
+    assert asked == [more] and second.cache["plain_hits"] == 1
+    other = UserPrompts(strokes=(Stroke(np.array([(i, 19, 3) for i in range(4, 24)]), True),))
+    plain.segment(volume, {"a": other, "b": more}, ALONE)
+    assert asked[1:] == [other]
+    assert first.mask[16, 18, 3] == 2 or first.mask[4, 18, 3] == 1
 
 
 @pytest.mark.parametrize(
