@@ -1,18 +1,22 @@
-"""The model's last answers about each image, for the comparison with what a person saves.
+"""The model's last answers to whoever asked about an image, for the comparison with what a person saves.
 
-Answers stay as hard links in a folder of this process, so that a click pays for nothing; the oldest images go when
-there are too many bytes. Frames: the image's own voxels. Thread-safe. Gone with the process.
+Answers stay as hard links in a folder of this process, so that a click pays for nothing; a file goes when nobody needs
+its answer any more, and the oldest images' answers when there are too many bytes. Frames: the image's own voxels.
+Thread-safe. Gone with the process: what a killed one left goes with the first answer to the next.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -26,6 +30,7 @@ from lib.quality.checks import LabelMap
 from lib.types import Volume
 
 KEPT_BYTES = 512 << 20  # of answers' files
+PREFIX = "autosam-asked-"  # of folders that are locked as long as their process lives
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +38,7 @@ class Answer:
     """One answer.
 
     Args:
-        file: of the label.
+        file: of the label; there as long as this is.
         names: voxel value to structure.
         record: how it came about.
         size: bytes of the file.
@@ -45,6 +50,7 @@ class Answer:
     size: int
 
 
+Whose = tuple[str, str]  # an image, and who asked about it
 Spot = tuple[str, Optional[int]]  # a structure, and the slice k of an answer that is about one slice only
 
 
@@ -52,21 +58,22 @@ class Answers:
     """The last answer for every structure of the images that were asked about lately.
 
     Args:
-        limit_bytes: of all files together; the image that was asked about last always stays.
+        limit_bytes: of all files together; what was asked for last always stays.
     """
 
     def __init__(self, limit_bytes: int = KEPT_BYTES) -> None:
         self._limit, self._lock = limit_bytes, threading.Lock()
-        self._kept: OrderedDict[str, dict[Spot, Answer]] = OrderedDict()
-        self._folder: Optional[tempfile.TemporaryDirectory[str]] = None
+        self._kept: OrderedDict[Whose, dict[Spot, Answer]] = OrderedDict()
+        self._missed: set[Whose] = set()
+        self._folder: Optional[Path] = None
 
     def add(
-        self, image: str, file: Path, names: Mapping[int, str], record: Provenance, slices: Optional[Sequence[int]]
+        self, whose: Whose, file: Path, names: Mapping[int, str], record: Provenance, slices: Optional[Sequence[int]]
     ) -> None:
         """Keeps an answer in place of former ones about the same structures.
 
         Args:
-            image: identifier.
+            whose: image, and who asked.
             file: label file, which may be removed afterwards.
             names: voxel value to structure.
             record: how it came about.
@@ -75,48 +82,97 @@ class Answers:
         spots: list[Spot] = [(name, k) for name in names.values() for k in ([None] if slices is None else slices)]
         replaced = {name for name, k in spots if k is None}
         with self._lock:
-            kept = _linked(file, self._own_folder())
-            mine = self._kept.setdefault(image, {})
-            self._kept.move_to_end(image)
+            answer = _kept(file, self._own_folder(), names, record)
+            mine = self._kept.setdefault(whose, {})
+            self._kept.move_to_end(whose)
             for spot in [s for s in mine if s in spots or s[0] in replaced]:
                 del mine[spot]
-            mine |= dict.fromkeys(spots, Answer(kept, dict(names), record, kept.stat().st_size))
+            mine |= dict.fromkeys(spots, answer)
             self._tidy()
 
-    def of(self, image: str) -> dict[Spot, Answer]:
-        """The last answers about an image."""
+    def miss(self, whose: Whose) -> None:
+        """There was an answer that is not kept."""
         with self._lock:
-            return dict(self._kept.get(image, {}))
+            self._missed.add(whose)
+
+    def of(self, whose: Whose) -> dict[Spot, Answer]:
+        """The last answers; their files stay for as long as the caller holds them."""
+        with self._lock:
+            return dict(self._kept.get(whose, {}))
+
+    def is_complete(self, whose: Whose) -> bool:
+        """Whether :meth:`of` lacks none that there was since the start, or since :meth:`forget`."""
+        with self._lock:
+            return whose not in self._missed
+
+    def forget(self, whose: Whose) -> None:
+        """Begins anew."""
+        with self._lock:
+            self._kept.pop(whose, None)
+            self._missed.discard(whose)
 
     def _own_folder(self) -> Path:
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="autosam-answers-")
-        return Path(self._folder.name)
+            _remove_abandoned()
+            self._folder, lock = _locked_folder()
+            weakref.finalize(self, _give_up, self._folder, lock)
+        return self._folder
 
     def _tidy(self) -> None:
-        while len(self._kept) > 1 and sum(answer.size for answer in self._needed()) > self._limit:
-            self._kept.popitem(last=False)
-        needed = {answer.file for answer in self._needed()}
-        for file in self._own_folder().iterdir():
-            if file not in needed:
-                file.unlink()
+        while len(self._kept) > 1 and self._bytes() > self._limit:
+            whose, _ = self._kept.popitem(last=False)
+            self._missed.add(whose)
 
-    def _needed(self) -> set[Answer]:
-        return {answer for spots in self._kept.values() for answer in spots.values()}
+    def _bytes(self) -> int:
+        return sum(answer.size for answer in {a for spots in self._kept.values() for a in spots.values()})
 
 
-def _linked(file: Path, folder: Path) -> Path:
-    """A second name for a file that the server removes once it is sent."""
+def _kept(file: Path, folder: Path, names: Mapping[int, str], record: Provenance) -> Answer:
+    """An answer with a second name for a file that the server removes once it is sent."""
     target = folder / f"{time.monotonic_ns()}-{file.name}"
     try:
         os.link(file, target)
     except OSError:  # another file system
         shutil.copyfile(file, target)
-    return target
+    answer = Answer(target, dict(names), record, target.stat().st_size)
+    weakref.finalize(answer, target.unlink, missing_ok=True)
+    return answer
+
+
+def _locked_folder() -> tuple[Path, int]:
+    """A new folder, which has its name only once it is locked, and the lock, which ends with the process at last."""
+    made = Path(tempfile.mkdtemp(prefix="autosam-new-"))
+    lock = os.open(made, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return made.rename(made.with_name(made.name.replace("autosam-new-", PREFIX))), lock
+
+
+def _give_up(folder: Path, lock: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+
+
+def _remove_abandoned() -> None:
+    """The folders of processes that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with suppress(OSError):  # it is in use, another user's, or gone
+            lock = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(lock)
+
+
+def numbers_of(answers: Mapping[Spot, Answer]) -> Optional[dict[int, str]]:
+    """Voxel value to structure; None where the answers do not agree, as those of one structure each."""
+    said = {(value, name) for (name, _), a in answers.items() for value, own in a.names.items() if own == name}
+    names = dict(sorted(said))
+    return names if len(names) == len({*names.values()}) == len(said) else None
 
 
 def together(answers: Mapping[Spot, Answer], volume: Volume) -> LabelMap:
-    """The answers as one label map; where two claim a voxel, the newer has it.
+    """The answers as one label map, with their own numbers if they agree; where two claim a voxel, the newer has it.
 
     Args:
         answers: of one image, at least one.
@@ -125,13 +181,14 @@ def together(answers: Mapping[Spot, Answer], volume: Volume) -> LabelMap:
     Raises:
         VolumeError: for a file that cannot be read.
     """
-    names = sorted({name for name, _ in answers})
+    names = numbers_of(answers) or dict(enumerate(sorted({name for name, _ in answers}), start=1))
+    numbers = {name: number for number, name in names.items()}
     voxels = np.zeros(volume.shape, np.uint16)
     read = {answer: label_map(volume, answer.file, answer.names) for answer in set(answers.values())}
     for (name, k), answer in sorted(answers.items(), key=lambda item: item[1].record.created):
         (value,) = (v for v, n in answer.names.items() if n == name)
         own = read[answer].voxels == value
         part, own = (voxels, own) if k is None else (slice_view(voxels, 2, k), slice_view(own, 2, k))
-        part[own] = names.index(name) + 1
+        part[own] = numbers[name]
     axis = next(iter(read.values())).axis
-    return LabelMap(voxels, dict(enumerate(names, start=1)), volume.affine, volume.spacing_mm, axis)
+    return LabelMap(voxels, names, volume.affine, volume.spacing_mm, axis)

@@ -29,6 +29,8 @@ from lib.errors import AppError, PromptError, VolumeError
 from lib.provenance import Provenance
 from lib.types import LabelPrediction, Prediction, UserPrompts, Volume, Window
 
+BY_SLICE = ("quality", "presence", "uncertainty", "points", "negative_points")
+
 
 @contextmanager
 def told() -> Iterator[None]:
@@ -148,6 +150,12 @@ class EngineTask(InferTask):
             "warnings": (*volume.warnings, *facts.get("warnings", ())),
         }
         return path, plain(report)
+
+
+def for_store(reply: Mapping[str, Any]) -> dict[str, Any]:
+    """A reply as it is kept beside its label: without what it says slice by slice, since MONAI Label writes its list
+    of all labels anew at every hand-out."""
+    return {key: value for key, value in reply.items() if key not in BY_SLICE}
 
 
 def _told(window: Window) -> dict[str, Any]:

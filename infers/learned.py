@@ -98,7 +98,8 @@ class LearnedTask(EngineTask):
             return self._assisted.segment(volume, prompts, options), {}
         found, doubt = self._assisted.doubted(volume, options, above=self._review_above, mapped=wish in MAPPED)
         told = {label: {i: round(d, 4) for i, d in rows.items()} for label, rows in doubt.by_slice.items()}
-        facts: dict[str, Any] = {"uncertainty": told, "review": doubt.review}
+        empty = not found.mask.any()  # also where the file is the map
+        facts: dict[str, Any] = {"uncertainty": told, "review": doubt.review, "empty": empty}
         if doubt.percent is None:
             return found, facts
         names = LEVELS if wish == "levels" else {}

@@ -13,9 +13,11 @@ import numpy as np
 from monailabel.interfaces.datastore import Datastore
 
 from lib.data.geometry import choose_axis
-from lib.data.samples import names_of, read_label
+from lib.data.samples import BACKGROUND, names_of, read_label
 from lib.quality.checks import LabelMap
 from lib.types import Volume
+
+LATEST = 1e12  # seconds since 1970: no time that a store has
 
 
 def stored_map(datastore: Datastore, image: str, tag: str, volume: Volume, labels: Sequence[str] = ()) -> LabelMap:
@@ -46,7 +48,17 @@ def hand_outs(info: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """
     found = info.get("strategy")
     entries = found.values() if isinstance(found, Mapping) else ()
-    return [e for e in entries if isinstance(e, Mapping) and isinstance(e.get("ts"), (int, float))]
+    return [e for e in entries if isinstance(e, Mapping) and time_of(e)]
+
+
+def time_of(info: Mapping[str, Any]) -> float:
+    """When something was written into the store, in seconds since 1970; 0 where a client wrote nonsense there.
+
+    Args:
+        info: of a label or a hand-out, with its ``ts``.
+    """
+    ts = info.get("ts")
+    return float(ts) if isinstance(ts, (int, float)) and 0 < ts < LATEST else 0.0
 
 
 def label_map(volume: Volume, path: Path, names: Mapping[int, str], labels: Sequence[str] = ()) -> LabelMap:
@@ -56,13 +68,13 @@ def label_map(volume: Volume, path: Path, names: Mapping[int, str], labels: Sequ
         volume: the image.
         path: of the label file.
         names: value to name, as declared; empty where nothing was.
-        labels: names of the values 1..K in a label that declares none.
+        labels: names of the values 1..K in a label that declares none; background is none of them, as in training.
 
     Raises:
         GridError, VolumeError, CapacityError: as :func:`lib.data.samples.read_label`.
     """
     voxels, found = read_label(volume, path)
-    declared = dict(names) or dict(enumerate(labels, start=1))
+    declared = dict(names) or dict(enumerate((name for name in labels if name != BACKGROUND), start=1))
     unnamed = tuple(value for value in found if declared and value not in declared)
     known = {value: f"label_{value}" for value in found} | declared
     axis = choose_axis(volume.spacing_mm, volume.shape, is_2d=volume.is_2d)

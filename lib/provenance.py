@@ -72,12 +72,13 @@ class Provenance:
         saved: whether a person saved it out of a client, and so answers for it.
         user: who did: the authenticated name or, without authentication, what the client calls itself.
         declared: whether the client alone says who the user is.
-        seconds_spent: from when the image was handed out or first asked about until it was saved; None if not known.
+        seconds_spent: of work on the image until it was saved, without long pauses; None if not known.
         changed: how much a person changed of the model's label; None without one, or until it is computed.
         live: the versions that were live when it was saved, by method.
+        asked: whether a model was asked about what the label shows; None if not known.
 
     Raises:
-        ConfigError: for a malformed field, or prompts that do not fit the kind.
+        ConfigError: for a malformed field, or prompts or ``asked`` that do not fit the kind.
     """
 
     kind: Kind
@@ -95,6 +96,7 @@ class Provenance:
     seconds_spent: Optional[float] = None
     changed: Optional[Change] = None
     live: dict[str, str] = field(default_factory=dict)
+    asked: Optional[bool] = None
 
     def __post_init__(self) -> None:
         _check(isinstance(self.kind, Kind), "kind", f"one of {[k.value for k in Kind]}", self.kind)
@@ -113,6 +115,8 @@ class Provenance:
         _check(seconds is None or known, "seconds_spent", "seconds or none", seconds)
         _check(self.changed is None or isinstance(self.changed, Change), "changed", "a change or none", self.changed)
         _check(isinstance(self.live, Mapping), "live", "versions by method", self.live)
+        drawn = self.kind is Kind.MANUAL
+        _check(self.asked in (None, not drawn), "asked", f"none or what fits {self.kind.value}", self.asked)
 
     @classmethod
     def answered(cls, *, prompts: int, **known: Any) -> Provenance:
@@ -125,7 +129,7 @@ class Provenance:
         Raises:
             ConfigError: for a malformed field.
         """
-        return cls(kind=Kind.SEMIAUTOMATIC if prompts else Kind.AUTOMATIC, prompts=prompts, **known)
+        return cls(kind=Kind.SEMIAUTOMATIC if prompts else Kind.AUTOMATIC, prompts=prompts, asked=True, **known)
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; :meth:`from_json` gives an equal record."""

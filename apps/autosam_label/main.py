@@ -31,7 +31,7 @@ sys.path[:] = [ROOT, *(p for p in sys.path if p != ROOT)]
 for _name in [m for m in sys.modules if m.split(".")[0] in OURS]:
     del sys.modules[_name]
 
-from infers.base import told
+from infers.base import for_store, told
 from infers.batch import BatchTask, giving_way
 from infers.dicom_store import DicomStore
 from infers.interactive import SamTask
@@ -59,7 +59,7 @@ UPSTREAM_NAMES_IMAGES = (
     "monailabel.datastore.local", "monailabel.datastore.dicom", "monailabel.datastore.utils", "dicomweb_client",
 )  # fmt: skip
 for _name in UPSTREAM_NAMES_IMAGES:
-    logging.getLogger(_name).setLevel(logging.WARNING)
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 class AutoSamLabel(MONAILabelApp):
@@ -79,7 +79,7 @@ class AutoSamLabel(MONAILabelApp):
         self.engine = Engine(self.settings)
         self.versions_dir = self.settings.versions_dir(studies)
         self._assisted = {name: self._assist(name) for name in self.settings.models}
-        self._records = Records(self.engine.open, lambda: live_versions(self._assisted))
+        self._records = Records(self.engine.open, lambda: live_versions(self._assisted), self.settings.labels)
         self._finals = FinalLabels(self.engine.open, self.settings.offered)
         trained = self.settings.train_default or next(iter(self.settings.models), "")
         gate = UpstreamGate(self, trained)
@@ -204,7 +204,7 @@ class AutoSamLabel(MONAILabelApp):
         self._desk.opened(request)
         with giving_way(self.engine, request):
             result = super().infer({**request, "image": image}, datastore)
-        self._records.answered(request, result, getattr(self._infers[request["model"]], "dimension", 3))
+        self._records.answered(store, request, result, getattr(self._infers[request["model"]], "dimension", 3))
         try:
             if keep_as:
                 self._keep(request, keep_as, result, store)
@@ -227,8 +227,9 @@ class AutoSamLabel(MONAILabelApp):
         """Stores an answer as the image's label and says so in the reply."""
         reply = result["params"]
         tag = reply.get("file", tag)  # a map of uncertainty is no label of the image
-        reply["saved"] = None if reply["empty"] else tag
-        if reply["empty"]:
+        nothing = reply["empty"] and "file" not in reply
+        reply["saved"] = None if nothing else tag
+        if nothing:
             reply["warnings"].append("Nothing was found, so nothing was saved.")
             return
         if tag == FINAL:  # again: somebody may have saved a label meanwhile
@@ -237,7 +238,8 @@ class AutoSamLabel(MONAILabelApp):
                 self._finals.check(store, request["image"], reply["label_names"], task.dimension)
         reply["provenance"] = self._records.kept(store, request, reply["provenance"])
         names = [{"name": name, "idx": number} for name, number in reply["label_names"].items()]
-        info = {"model": request["model"], "params": reply, "label_info": names, "provenance": reply["provenance"]}
+        record = reply["provenance"]
+        info = {"model": request["model"], "params": for_store(reply), "label_info": names, "provenance": record}
         self.on_save_label(request["image"], store.save_label(request["image"], result["file"], tag, info))
 
     def _known_image(self, image: Any, datastore: Datastore) -> str:

@@ -4,8 +4,8 @@ Upstream runs an inference inside its event loop, so that one click stalls every
 plain function, which FastAPI runs in its thread pool, in front of upstream's route and with the same signature,
 authentication and meaning; DICOM SEG comes from our own writer. ``POST /train/`` starts one training and not all;
 ``/schedule`` shows, pauses and resumes the training schedule; ``/versions`` and ``/quality`` hand out reports; a label
-that is saved gets the record of how it came about. Errors become JSON with a ``detail`` that both clients show, in
-place of a bare 500.
+that is saved gets the record of how it came about, which no client writes. Errors become JSON with a ``detail`` that
+both clients show, in place of a bare 500.
 Imports nothing of ours, so that ``/reload`` can replace our packages under it; the server works without this file,
 only less well.
 """
@@ -21,7 +21,7 @@ from fastapi.background import BackgroundTasks
 from fastapi.responses import FileResponse, JSONResponse
 from monailabel.app import app
 from monailabel.config import settings
-from monailabel.endpoints.datastore import save_label
+from monailabel.endpoints.datastore import save_label, update_label_info
 from monailabel.endpoints.infer import ResultType, run_inference
 from monailabel.endpoints.train import run_model
 from monailabel.endpoints.user.auth import RBAC, User
@@ -34,6 +34,8 @@ from monailabel.interfaces.exception import (
 from monailabel.interfaces.utils.app import app_instance
 
 _upstream = len(app.router.routes)
+USER = "authenticated_user"  # the app reads it in an inference's request
+OURS = ("provenance", "ts")  # what the server alone writes about a label
 PAGE_HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; frame-ancestors 'none'",
@@ -58,6 +60,7 @@ def infer(
     if as_seg:
         params, output = _with_extension(params, ".dcm"), ResultType.image
     _check_params(params, output)
+    params = json.dumps({**_without(params, USER), USER: _name(user)})
     if not (image or session_id or file):
         raise HTTPException(400, "Expected an image id, a session id or an uploaded file, received none of them.")
     try:
@@ -97,6 +100,16 @@ def _object(params: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise HTTPException(400, f"params: expected a JSON object, received a {type(values).__name__}.")
     return values
+
+
+def _without(params: str, *keys: str) -> dict[str, Any]:
+    """The parameters without keys that no client may write."""
+    return {key: value for key, value in _object(params).items() if key not in keys}
+
+
+def _name(user: User) -> Optional[str]:
+    """The authenticated name; upstream gives everybody one where nobody is authenticated."""
+    return user.username if settings.MONAI_LABEL_AUTH_ENABLE else None
 
 
 @app.exception_handler(MONAILabelException)
@@ -163,11 +176,33 @@ def save(
     """Upstream's way to save a label in a thread, with the record of how it came about, which no client may bring."""
     if not re.fullmatch(r"\w[\w-]*", tag):
         raise HTTPException(400, "tag: expected letters, digits and dashes, such as final.")
-    values = {key: value for key, value in _object(params).items() if key != "provenance"}
+    values = _without(params, *OURS)
     describe = getattr(app_instance(), "describe", None)
     if describe is not None:
-        values["provenance"] = describe(image, values, user.username if settings.MONAI_LABEL_AUTH_ENABLE else None)
+        values["provenance"] = describe(image, values, _name(user))
     return save_label(background_tasks, image, json.dumps(values), tag, label, user.username)
+
+
+@app.put("/datastore/label/info", include_in_schema=False)
+def tell(
+    label: str,
+    tag: str,
+    info: str = Form("{}"),
+    user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR)),
+) -> Any:
+    """Upstream's way to write about a label, without what the server alone writes; clients may send it back."""
+    return update_label_info(label, tag, json.dumps(_without(info, *OURS)), user.username)
+
+
+@app.put("/datastore/updatelabelinfo", include_in_schema=False)
+def tell_as_before(
+    label: str,
+    tag: str,
+    params: str = Form("{}"),
+    user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR)),
+) -> Any:
+    """Upstream's older name for the same."""
+    return tell(label, tag, params, user)
 
 
 @app.get("/quality/{name}", tags=["Scoring"], summary="Work list, or agreement with the model, of the last scoring")

@@ -1,13 +1,15 @@
 """How well two label maps of one image agree, structure by structure.
 
 Frame: both on the image's grid; distances in mm with the image's spacing. A structure that is in neither counts Dice 1,
-one that is only in one counts 0 and has no distance. Thread-safe: no state.
+one that is only in one counts 0 and has no distance. Values count by their names; in a map that declares none, by the
+names that the other map has for them. Thread-safe: no state.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Optional
 
 import numpy as np
@@ -36,6 +38,7 @@ def agreement(first: LabelMap, second: LabelMap) -> dict[str, dict[str, Optional
 
 def changed_voxels(first: LabelMap, second: LabelMap) -> int:
     """How many voxels have another name in the one than in the other."""
+    first, second = _by_number(first, second), _by_number(second, first)
     names = sorted({*first.names.values(), *second.names.values()})
     one, other = (_numbered(label, names) for label in (first, second))
     return int((one != other).sum())
@@ -43,11 +46,20 @@ def changed_voxels(first: LabelMap, second: LabelMap) -> int:
 
 def _pairs(first: LabelMap, second: LabelMap) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Two masks for every name, one name at a time; several values may bear one name."""
+    first, second = _by_number(first, second), _by_number(second, first)
     own = {name for value, name in second.names.items() if value not in second.unnamed}
     names = sorted(own if second.declared else own | {*first.names.values()})
     one, other = (_numbered(label, names) for label in (first, second))
     for n, name in enumerate(names, start=1):
         yield name, one == n, other == n
+
+
+def _by_number(label: LabelMap, other: LabelMap) -> LabelMap:
+    """A map that declares no names, with the other's; training reads a store of both kinds so."""
+    if label.declared or not other.declared:
+        return label
+    theirs = {value: name for value, name in other.names.items() if value not in other.unnamed}
+    return replace(label, names=label.names | theirs)
 
 
 def _numbered(label: LabelMap, names: list[str]) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,21 @@ def test_task_with_prompts_pays_no_heed_to_uncertainty(assisted, promote, image:
     promote()
     facts = tasks(assisted)[1]({"image": image, "result_write_to_file": False, "uncertainty": "map"})[1]
     assert "uncertainty" not in facts and facts["label_names"] == {"big": 1, "small one": 2}
+
+
+def test_empty_is_about_the_segmentation_where_the_file_is_a_map(assisted, promote, image: str, monkeypatch) -> None:
+    promote()
+    task = tasks(assisted)[0]
+    request = {"image": image, "uncertainty": "levels", "result_extension": ".nii.gz"}
+    assert task(request)[1]["empty"] is False
+    real = assisted.doubted
+
+    def nothing_found(*args: Any, **kwargs: Any) -> Any:
+        found, doubt = real(*args, **kwargs)
+        return replace(found, mask=np.zeros_like(found.mask)), doubt
+
+    monkeypatch.setattr(assisted, "doubted", nothing_found)
+    assert task(request)[1]["empty"] is True
 
 
 def test_edit_reply(assisted: AssistedEngine, promote, image: str) -> None:

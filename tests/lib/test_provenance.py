@@ -51,12 +51,20 @@ def test_json_is_plain():
         "backbone": "compact", "weights_id": "5f3a", "prompts": 7,
         "window": {"lo": -160.5, "hi": 239.5, "source": "dicom"}, "created": "2026-03-01T12:30:05.000007+00:00",
         "saved": False, "user": "", "declared": False, "seconds_spent": None, "changed": None, "live": {},
+        "asked": None,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("prompts, kind", [(0, Kind.AUTOMATIC), (1, Kind.SEMIAUTOMATIC), (12, Kind.SEMIAUTOMATIC)])
 def test_answer_without_a_prompt_is_automatic(prompts, kind):
     assert Provenance.answered(prompts=prompts).kind is kind
+    assert Provenance.answered(prompts=prompts).asked is True
+
+
+def test_label_by_hand_says_only_that_no_model_was_asked():
+    assert [Provenance(kind=Kind.MANUAL, asked=asked).asked for asked in (False, None)] == [False, None]
+    with pytest.raises(ConfigError, match="asked: expected none or what fits MANUAL, received True"):
+        Provenance(kind=Kind.MANUAL, asked=True)
 
 
 def test_time_is_kept_in_utc():
@@ -76,15 +84,15 @@ def test_older_record_takes_the_defaults():
         ({"kind": "AUTOMATIC"}, "prompts: expected a count that fits AUTOMATIC, received 7"),
         ({"prompts": 0}, "prompts: expected a count that fits SEMIAUTOMATIC, received 0"),
         ({"prompts": -1}, "count of at least 0"),
-        ({"prompts": True}, "count of at least 0"),
-        ({"prompts": "7"}, "count of at least 0"),
-        ({"task": None}, "task: expected a text"),
+        ({"prompts": True}, "prompts: expected a whole number, received True"),
+        ({"prompts": "7"}, "prompts: expected a whole number, received '7'"),
+        ({"task": None}, "task: expected text, received None"),
         ({"created": "yesterday"}, "Invalid isoformat"),
         ({"created": "2026-03-01T12:00:00"}, "created: expected a time with zone"),
         ({"created": 5}, "expected the fields of a record"),
         ({"window": {"lo": 1}}, "'hi'"),
         ({"window": [1, 2]}, "expected the fields of a record"),
-        ({"user": None}, "user: expected a text"),
+        ({"user": None}, "user: expected text, received None"),
         ({"seconds_spent": -1}, "seconds_spent: expected seconds or none"),
         ({"seconds_spent": float("nan")}, "seconds_spent: expected seconds or none"),
         ({"live": "v0003"}, "live: expected versions by method"),
@@ -93,6 +101,8 @@ def test_older_record_takes_the_defaults():
         ({"changed": {"since": "ever", "dice": {}, "voxels": 0}}, "changed since: expected one of"),
         ({"changed": {"since": "answer", "dice": {"a": "1"}, "voxels": 0}}, "changed dice: expected Dice"),
         ({"changed": {"since": "answer", "dice": {}, "voxels": -1}}, "changed voxels: expected a count"),
+        ({"asked": False}, "asked: expected none or what fits SEMIAUTOMATIC, received False"),
+        ({"asked": 1}, "asked: expected"),
         ({"promts": 3}, "unknown key 'promts'.*prompts"),
     ],
 )

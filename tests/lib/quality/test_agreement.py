@@ -55,6 +55,22 @@ def test_only_what_the_model_was_asked_for_counts() -> None:
     assert dice_by_label(a_map(A, B), a_map(A, names={1: "a"}, declared=False)) == {"a": 1.0, "b": 0.0}
 
 
+@pytest.mark.parametrize("undeclared", [0, 1])
+def test_values_without_names_count_by_the_other_maps_names(undeclared: int) -> None:
+    made_up = {1: "label_1", 2: "label_2"}
+    maps = [a_map(A, B, names=made_up, declared=False) if n == undeclared else a_map(A, B) for n in (0, 1)]
+    assert dice_by_label(*maps) == {"a": 1.0, "b": 1.0}
+    assert agreement(*maps)["b"] == {"dice": 1.0, "hd95_mm": 0.0, "mean_mm": 0.0}
+    assert changed_voxels(*maps) == 0
+
+
+def test_values_without_names_that_the_other_map_lacks_keep_theirs() -> None:
+    made_up = a_map(A, (3, *B[1:]), names={1: "label_1", 3: "label_3"}, declared=False)
+    assert dice_by_label(made_up, a_map(A, B)) == {"a": 1.0, "b": 0.0}
+    assert changed_voxels(made_up, a_map(A, B)) == 6 * 6 * 4
+    assert dice_by_label(made_up, made_up) == {"label_1": 1.0, "label_3": 1.0}
+
+
 def test_picture_is_measured_in_its_plane() -> None:
     one = a_map((1, slice(2, 8), slice(2, 8), 0), shape=(20, 20, 1))
     other = a_map((1, slice(4, 10), slice(2, 8), 0), shape=(20, 20, 1))
