@@ -12,6 +12,7 @@ import json
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -21,9 +22,12 @@ from monailabel.interfaces.tasks.scoring import ScoringMethod
 
 from infers.base import told
 from infers.batch import only_read
+from infers.pacs import PacsError
 from infers.stored import stored_map
+from lib.data.samples import BACKGROUND
 from lib.data.volume import load_volume
-from lib.errors import CapacityError, ConfigError, GridError, VolumeError
+from lib.errors import AppError, CapacityError, ConfigError, GridError, VolumeError
+from lib.provenance import Change, Provenance
 from lib.quality import report
 from lib.quality.across import Facts, compare, facts_of
 from lib.quality.agreement import agreement, dice_by_label, summary
@@ -32,7 +36,11 @@ from lib.quality.rules import Remark, Rules, read_rules
 from lib.types import Volume
 
 logger = logging.getLogger(__name__)
-UNREADABLE = (VolumeError, CapacityError, MONAILabelException)
+FINAL, ORIGINAL = DefaultLabelTag.FINAL.value, DefaultLabelTag.ORIGINAL.value
+# of one case, which then is a line of the result; torch tells of too little memory by a RuntimeError
+UNREADABLE = (VolumeError, CapacityError, MONAILabelException, OSError, MemoryError, RuntimeError)
+# what a Dice was measured with
+MODELS = {"label": "the model's label", "record": "what the model had said when the label was saved"}
 
 
 class _Store:
@@ -40,17 +48,44 @@ class _Store:
 
     def __init__(self, datastore: Datastore, request: Mapping[str, Any], labels: Sequence[str]) -> None:
         self._datastore, self._labels = datastore, labels
-        self.y, self.y_pred = (
-            _tag(request, key, tag.value)
-            for key, tag in (("y", DefaultLabelTag.FINAL), ("y_pred", DefaultLabelTag.ORIGINAL))
-        )
-        self.tags = {case: set(datastore.get_labels_by_image_id(case)) for case in sorted(datastore.list_images())}
+        self.y, self.y_pred = (_tag(request, key, tag) for key, tag in (("y", FINAL), ("y_pred", ORIGINAL)))
+        labelled = set(datastore.get_labeled_images())
+        self.tags = {case: self._tags(case, case in labelled) for case in sorted(datastore.list_images())}
+
+    def _tags(self, case: str, is_final: bool) -> set[str]:
+        """The store of a PACS passes over a final label that it cannot get, and asking again raises where the PACS is
+        away; else the label counts, and whoever reads it is told why it cannot."""
+        tags = set(self._datastore.get_labels_by_image_id(case))
+        if is_final and FINAL not in tags and case in self._datastore.get_labeled_images():
+            tags.add(FINAL)
+        return tags
 
     def volume(self, case: str) -> Volume:
         return load_volume(self._datastore.get_image_uri(case))
 
     def label(self, case: str, tag: str, volume: Volume) -> LabelMap:
-        return stored_map(self._datastore, case, tag, volume, self._labels)
+        """Without what is named background, which training leaves out too."""
+        self._datastore.get_label_uri(case, tag)  # says why a PACS does not hand it over
+        return stored_map(self._datastore, case, tag, volume, self._labels).without(BACKGROUND)
+
+    def change(self, case: str) -> Optional[Change]:
+        """How much a person changed of what the model said, by the label's record."""
+        try:
+            record = (self._datastore.get_label_info(case, self.y) or {}).get("provenance")
+            return Provenance.from_json(record).changed if record else None
+        except ConfigError:  # of another program
+            return None
+
+    def passed_over(self, error: Exception) -> str:
+        """Why one case is not in the result.
+
+        Raises:
+            PacsError: where the PACS is away for all: then the last result is worth more than this one.
+        """
+        if isinstance(error, PacsError):
+            only_read(self._datastore)  # forgets the PACS's last list, so that it is asked
+            self._datastore.get_labeled_images()
+        return _told(error)
 
 
 class StoreScoring(ScoringMethod):
@@ -86,7 +121,7 @@ class StoreScoring(ScoringMethod):
         """Looks at the labels and replaces the last result; its counts.
 
         Raises:
-            MONAILabelException: if asked for inside the server, or for a wrong option.
+            MONAILabelException: if asked for inside the server, for a wrong option, or where the PACS is away.
         """
         if self._in_server():
             raise _refusal("run_sync: expected false, received true, which would hold up everybody else. Leave it out.")
@@ -119,7 +154,7 @@ class AgreementScoring(StoreScoring):
                 volume = store.volume(case)
                 cases[case] = agreement(*(store.label(case, tag, volume) for tag in (store.y, store.y_pred)))
             except UNREADABLE as error:
-                left_out[case] = str(error)
+                left_out[case] = store.passed_over(error)
         found = report.agreement_list(cases, summary(cases), left_out)
         return {**found, "y": store.y, "y_pred": store.y_pred}, report.agreement_page(found)
 
@@ -127,7 +162,8 @@ class AgreementScoring(StoreScoring):
 class QualityScoring(StoreScoring):
     """The ranked work list: every labelled case, by what is remarkable about its label.
 
-    A case's final label is looked at or, where there is none, the model's. Options in the request's body: ``y`` and
+    A case's final label is looked at or, where there is none, the model's. It is compared with the model's label or,
+    where the store has none, by what its record says of the model's answer. Options in the request's body: ``y`` and
     ``y_pred`` as above, and ``rules`` with thresholds in place of those in ``quality.yaml``.
     """
 
@@ -137,44 +173,84 @@ class QualityScoring(StoreScoring):
         rules = _rules(request.get("rules"))
         records: dict[str, report.Record] = {}
         facts: dict[str, Facts] = {}
+        left_out: dict[str, str] = {}
         for case, tags in store.tags.items():
-            if tags & {store.y, store.y_pred}:
+            if not tags & {store.y, store.y_pred}:
+                continue
+            try:
                 records[case], known = _examined(store, case, rules)
                 facts |= {case: known} if known else {}
+            except PacsError as error:  # which says nothing about the label
+                left_out[case] = store.passed_over(error)
         for case, remarks in compare(facts, rules).items():
-            one = records[case]
-            records[case] = report.Record(case, one.tag, (*one.remarks, *remarks), one.dice)
-        found = report.work_list(list(records.values()), rules)
+            records[case] = replace(records[case], remarks=(*records[case].remarks, *remarks))
+        found = report.work_list(list(records.values()), rules, left_out)
         return found, report.quality_page(found)
 
 
 def _examined(store: _Store, case: str, rules: Rules) -> tuple[report.Record, Optional[Facts]]:
-    """One case by itself, and what the comparison with the others needs."""
+    """One case by itself, and what the comparison with the others needs.
+
+    Raises:
+        PacsError: where the PACS does not hand it over.
+    """
     tag = store.y if store.y in store.tags[case] else store.y_pred
     try:
-        volume = store.volume(case)
-        label = store.label(case, tag, volume)
+        return _looked_at(store, case, tag, rules)
+    except PacsError:
+        raise
     except GridError as error:
         return report.Record(case, tag, (Remark("grid", str(error)),)), None
     except UNREADABLE as error:
-        return report.Record(case, tag, (Remark("unreadable", str(error)),)), None
+        return report.Record(case, tag, (Remark("unreadable", _told(error)),)), None
+
+
+def _looked_at(store: _Store, case: str, tag: str, rules: Rules) -> tuple[report.Record, Facts]:
+    volume = store.volume(case)
+    label = store.label(case, tag, volume)
+    model = _model_label(store, case, volume) if tag == store.y else None
+    dice, dice_of = _dice(store, case, label, model) if tag == store.y else ({}, "")
     remarks = check_map(label, rules)
-    dice = _dice_with_model(store, case, label, volume) if tag == store.y else {}
     remarks += [
-        Remark("disagreement", f"{name}: Dice {value:.2f} with the model's label.", name, share=1 - value)
+        Remark("disagreement", f"{name}: Dice {value:.2f} with {MODELS[dice_of]}.", name, share=1 - value)
         for name, value in dice.items()
         if value < rules.agreement_dice
     ]
-    return report.Record(case, tag, tuple(remarks), dice), facts_of(label)
+    record = report.Record(case, tag, tuple(remarks), dice, dice_of)
+    return record, facts_of(label, model, is_picture=volume.is_2d)
 
 
-def _dice_with_model(store: _Store, case: str, label: LabelMap, volume: Volume) -> dict[str, float]:
+def _dice(store: _Store, case: str, label: LabelMap, model: Optional[LabelMap]) -> tuple[dict[str, float], str]:
+    """By structure, with the model's label or, where the store has none, with what the model had said when the label
+    was saved; and with which of the two."""
+    if model is not None:
+        return dice_by_label(label, model), "label"
+    change = store.change(case) if store.y_pred == ORIGINAL else None
+    known = change.dice if change else {}
+    return {name: value for name, value in known.items() if 0 <= value <= 1}, "record" if known else ""
+
+
+def _model_label(store: _Store, case: str, volume: Volume) -> Optional[LabelMap]:
     if store.y_pred not in store.tags[case]:
-        return {}
+        return None
     try:
-        return dice_by_label(label, store.label(case, store.y_pred, volume))
+        return store.label(case, store.y_pred, volume)
+    except PacsError:
+        raise
     except UNREADABLE:  # the method agreement says why; the label that counts is the final one
-        return {}
+        return None
+
+
+def _told(error: Exception) -> str:
+    """What it says; an error of the system would name files."""
+    if isinstance(error, MONAILabelException):
+        return str(error.msg)
+    if isinstance(error, AppError):
+        return str(error)
+    return (
+        f"Expected to read and compare image and label; received {type(error).__name__}."
+        " See that the files are there and that memory is free, and score again."
+    )
 
 
 def _rules(changes: Any) -> Rules:

@@ -36,13 +36,16 @@ class Record:
         case: identifier in the store.
         tag: of the label that was checked.
         remarks: what is remarkable; empty for a case in order.
-        dice: between final and model label, by structure, where there are both.
+        dice: between final label and the model's, by structure, where that is known.
+        dice_of: what it was measured with: ``label``, the model's in the store, or ``record``, as the final label's
+            record has it; empty without any.
     """
 
     case: str
     tag: str
     remarks: tuple[Remark, ...] = ()
     dice: dict[str, float] = field(default_factory=dict)
+    dice_of: str = ""
 
     def score(self, rules: Rules) -> float:
         """Sum of the remarks' weights."""
@@ -54,16 +57,26 @@ def ranked(records: Sequence[Record], rules: Rules) -> list[Record]:
     return sorted(records, key=lambda record: (-record.score(rules), record.case))
 
 
-def work_list(records: Sequence[Record], rules: Rules, now: Optional[datetime] = None) -> dict[str, Any]:
-    """JSON of the ranked list: ``summary`` and one record per case under ``cases``."""
+def work_list(
+    records: Sequence[Record], rules: Rules, left_out: Mapping[str, str], now: Optional[datetime] = None
+) -> dict[str, Any]:
+    """JSON of the ranked list: ``summary`` and one record per case under ``cases``.
+
+    Args:
+        records: of the cases that were looked at.
+        rules: weights.
+        left_out: why a case was not looked at.
+        now: time of the run.
+    """
     found: list[dict[str, Any]] = []
     for rank, record in enumerate(ranked(records, rules), start=1):
         reasons = [{**asdict(r), "weight": round(rules.weights[r.check] * r.share, 3)} for r in record.remarks]
         one = {"rank": rank, "case": record.case, "tag": record.tag, "score": round(record.score(rules), 3)}
-        found.append({**one, "reasons": reasons, "dice": record.dice})
+        found.append({**one, "reasons": reasons, "dice": record.dice, "dice_of": record.dice_of})
     checks = Counter(check for record in records for check in {r.check for r in record.remarks})
-    counts = {"cases": len(records), "to_look_at": len([r for r in records if r.remarks]), "checks": dict(checks)}
-    return {"summary": counts, "created": _stamp(now), "rules": asdict(rules), "cases": found}
+    to_look_at = sum(bool(record.remarks) for record in records)
+    counts = {"cases": len(records), "left_out": len(left_out), "to_look_at": to_look_at, "checks": dict(checks)}
+    return {"summary": counts, "created": _stamp(now), "rules": asdict(rules), "cases": found, "left_out": left_out}
 
 
 def agreement_list(
@@ -106,6 +119,7 @@ def quality_page(found: Mapping[str, Any]) -> str:
         for one in found["cases"]
         if one["reasons"]
     ]
+    rows += [_row("", "", case, "", [f"Not looked at. {reason}"]) for case, reason in found["left_out"].items()]
     counts = found["summary"]
     text = f"{counts['to_look_at']} of {counts['cases']} labelled cases are remarkable. {found['created']}"
     return _page("Work list", text, ("", "score", "case", "label", "reasons"), rows)

@@ -18,7 +18,11 @@ CHECKS = (
     "unreadable", "grid", "empty", "unknown", "side", "orientation", "missing", "volume", "gap", "jump", "islands",
     "holes", "disagreement",
 )  # fmt: skip
-SHARES = ("island_share", "jump_overlap", "jump_area", "majority", "agreement_dice", "review_above")
+SHARES = (
+    "island_share", "gap_end", "jump_overlap", "jump_area", "shift_overlap", "majority", "side_majority",
+    "agreement_dice", "review_above",
+)  # fmt: skip
+DIVISORS = ("volume_spread",)
 
 
 @dataclass(frozen=True)
@@ -51,14 +55,20 @@ class Rules:
     island_share: float
     hole_mm3: float
     gap_slices: int
+    gap_end: float
+    jump_slices: int
     jump_overlap: float
     jump_area: float
     jump_mm2: float
+    shift_overlap: float
     cases_needed: int
     volume_z: float
     volume_spread: float
     majority: float
     side_mm: float
+    side_spread: float
+    side_cases: int
+    side_majority: float
     agreement_dice: float
     review_above: float
     weights: dict[str, float]
@@ -69,8 +79,8 @@ class Rules:
         for key, number in numbers.items():
             most = 1 if key in SHARES else math.inf
             plain = isinstance(number, (int, float)) and not isinstance(number, bool)
-            if not (plain and 0 <= number <= most and math.isfinite(number)):
-                limit = "from 0 to 1" if most == 1 else "of at least 0"
+            if not (plain and 0 <= number <= most and math.isfinite(number) and (number or key not in DIVISORS)):
+                limit = "from 0 to 1" if most == 1 else "above 0" if key in DIVISORS else "of at least 0"
                 raise ConfigError(f"quality.yaml {key}: expected a number {limit}, received {number!r}.")
 
 

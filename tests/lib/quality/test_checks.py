@@ -58,9 +58,26 @@ def gap(v: np.ndarray) -> None:
     v[:, :, 13] = 0
 
 
+def long_gap(v: np.ndarray) -> None:
+    v[:, :, 7:14] = 0
+
+
 def far_objects(v: np.ndarray) -> None:
     v[:] = 0
-    v[10:20, 10:20, 1:5] = v[10:20, 10:20, 12:18] = 1
+    v[2:8, 10:20, 1:5] = v[30:38, 10:20, 12:18] = 1
+
+
+def cut_oblique_object(v: np.ndarray) -> None:
+    """As a hippocampus in axial slices: what lies on either side of the gap does not overlap."""
+    v[:] = 0
+    for k in (*range(2, 8), *range(13, 19)):
+        v[2 * k : 2 * k + 6, 10:16, k] = 1
+
+
+def tapering_objects(v: np.ndarray) -> None:
+    """Two kidneys under one name in sagittal slices."""
+    v[:] = 0
+    v[:, :, 1:8] = v[:, :, 13:] = ellipsoid((40, 44, 7), (12, 12, 3.3))
 
 
 def moved_slice(v: np.ndarray) -> None:
@@ -69,6 +86,68 @@ def moved_slice(v: np.ndarray) -> None:
 
 def shrunken_slice(v: np.ndarray) -> None:
     v[:, :, 13] *= ellipsoid((40, 44, 1), (3, 3, 1))[:, :, 0]
+
+
+def strange_slices(v: np.ndarray) -> None:
+    """Two in a row."""
+    v[:, :, 14:16] = np.roll(v[:, :, 14:16], 18, axis=0)
+
+
+def whole_slice(v: np.ndarray, *slices: int) -> None:
+    v[:, :, slices] = 1
+
+
+def whole_first_slice(v: np.ndarray) -> None:
+    v[:, :, 2] = 0
+    whole_slice(v, 3)
+
+
+def whole_slice_before_the_tip(v: np.ndarray) -> None:
+    whole_slice(v, 1)
+
+
+def whole_last_slices(v: np.ndarray) -> None:
+    v[:, :, 17:] = 0
+    whole_slice(v, 17, 18)
+
+
+def lasting_shift(v: np.ndarray) -> None:
+    """By 13 of 15 voxels."""
+    v[:] = 0
+    v[2:17, 10:25, 2:10] = v[15:30, 10:25, 10:18] = 1
+
+
+def moved_part(v: np.ndarray) -> None:
+    """Four slices elsewhere, and back."""
+    v[:] = 0
+    v[2:17, 10:25, 2:18] = 1
+    v[:, :, 8:12] = np.roll(v[:, :, 8:12], 20, axis=0)
+
+
+def growing_from_a_tip(v: np.ndarray) -> None:
+    """A cone whose tip lies off its axis."""
+    v[:] = 0
+    for k in range(3, 17):
+        v[20 - k : 20 + k, 20 - k : 20 + k, k] = 1
+    v[14:17, 14:17, 2] = 1
+
+
+def broad_base(v: np.ndarray) -> None:
+    """A ventricle, cut at its base."""
+    v[:, :, 10:] = 0
+
+
+def bent_tip(v: np.ndarray) -> None:
+    """The last slice lies beside the one before, as a ventricle's apex on thick slices."""
+    v[:, :, 17:] = 0
+    v[30:36, 20:26, 17] = 1
+
+
+def part_that_swells(v: np.ndarray) -> None:
+    """A bladder on its urethra."""
+    v[:] = 0
+    v[18:23, 20:25, 0:4] = 1
+    v[5:35, 5:40, 4:18] = 1
 
 
 def drifting(v: np.ndarray) -> None:
@@ -105,8 +184,20 @@ DEFECTS: list[tuple[Callable, str | None, str, tuple[int, ...]]] = [
     (ring, None, "", ()),
     (gap, "gap", "liver", (13,)),
     (far_objects, None, "", ()),
+    (cut_oblique_object, "gap", "liver", (8, 9, 10, 11, 12)),
+    (tapering_objects, None, "", ()),
     (moved_slice, "jump", "liver", (15,)),
     (shrunken_slice, "jump", "liver", (13,)),
+    (strange_slices, "jump", "liver", (14, 15)),
+    (whole_first_slice, "jump", "liver", (3,)),
+    (whole_slice_before_the_tip, "jump", "liver", (1,)),
+    (whole_last_slices, "jump", "liver", (17, 18)),
+    (lasting_shift, "jump", "liver", (10,)),
+    (moved_part, "jump", "liver", (8, 9, 10, 11)),
+    (growing_from_a_tip, None, "", ()),
+    (broad_base, None, "", ()),
+    (bent_tip, None, "", ()),
+    (part_that_swells, None, "", ()),
     (drifting, None, "", ()),
     (thin_ring, None, "", ()),
     (nothing, "empty", "", ()),
@@ -126,6 +217,44 @@ def test_a_defect_is_told_and_nothing_else(defect, check, label, slices, axis: i
     assert [(r.check, r.label, r.slices) for r in found] == ([(check, label, slices)] if check else [])
     for remark in found:
         assert remark.reason.endswith(".") and label in remark.reason
+
+
+def drum(*empty: slice) -> np.ndarray:
+    """22 equal slices of which some are empty."""
+    voxels = np.zeros((20, 20, 24), np.uint16)
+    voxels[5:15, 5:15, 1:23] = 1
+    for gone in empty:
+        voxels[:, :, gone] = 0
+    return voxels
+
+
+# empty slices, share of the weight: labelled slices beside them over theirs
+GAPS = [((slice(10, 12),), 1.0), ((slice(10, 14),), 1.0), ((slice(9, 15),), 1.0), ((slice(7, 17),), 0.6)]
+GAPS += [((slice(4, 10),), 0.5), ((slice(5, 10), slice(16, 17)), 1.0)]
+
+
+@pytest.mark.parametrize("empty, share", GAPS)
+def test_every_gap_inside_an_object_is_told_the_less_the_longer(empty: tuple[slice, ...], share: float) -> None:
+    (found,) = check_map(a_map(drum(*empty)), RULES)
+    assert found.check == "gap" and found.share == pytest.approx(share)
+    assert found.slices == tuple(k for gone in empty for k in range(gone.start, gone.stop))
+
+
+def test_values_of_one_name_are_one_structure() -> None:
+    voxels = drum()
+    voxels[voxels * (np.arange(24) % 2) > 0] = 2  # each value by itself has gaps
+    assert check_map(a_map(voxels, names={1: "liver", 2: "liver"}), RULES) == []
+    ((name, box, mask),) = a_map(voxels, names={1: "liver", 2: "liver"}).structures()
+    assert (name, box, int(mask.sum())) == ("liver", (slice(5, 15), slice(5, 15), slice(1, 23)), 2200)
+
+
+def test_structure_that_is_left_out_is_background() -> None:
+    label = a_map(whole(), names={1: "background", 2: "spleen"})
+    left = label.without("background")
+    assert left.names == {2: "spleen"} and left.voxels.dtype == np.uint16
+    assert [name for name, *_ in left.structures()] == ["spleen"]
+    assert left.without("liver") is left
+    assert [r.check for r in check_map(left.without("spleen"), RULES)] == ["empty"]
 
 
 def test_values_without_a_name_are_told() -> None:
@@ -153,7 +282,8 @@ def test_label_at_the_image_border_has_no_hole() -> None:
     "changes, text",
     [
         ({"island_share": 2}, "island_share: expected a number from 0 to 1, received 2"),
-        ({"hole_mm3": "big"}, "hole_mm3: expected a number of at least 0, received 'big'"),
+        ({"hole_mm3": "big"}, "hole_mm3: expected a number.*received 'big'"),
+        ({"volume_spread": 0}, "volume_spread: expected a number above 0, received 0"),
         ({"volume_z": float("nan")}, "volume_z: expected"),
         ({"ilands": 1}, "unknown key 'ilands'"),
         ({"weights": {"holes": 1}}, "weights: expected one for each of"),
