@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from monailabel.tasks.activelearning.random import Random
 
 from infers.base import asked_in_background
 from infers.batch import MARK
-from infers.stored import hand_outs
+from infers.stored import hand_outs, time_of
 from lib.active.leases import NOBODY, HandOut, Leases
 from lib.active.scorer import Case, Scorer
 from lib.active.selection import DISAGREEMENT, DIVERSITY, MIX, PREDICTED, STRATEGIES, Ranking, rank
@@ -103,7 +104,8 @@ class Desk:
             request: of the client.
             datastore: of images.
             choose: gives the reply, with the ``id``, for a list that is not empty.
-            again: whether images that the client had lately are offered before it has had all.
+            again: whether images that the client had lately are offered before it has had all. Without a name nobody
+                has had any, for another one without a name may be labelling them.
 
         Raises:
             MONAILabelException: where others are labelling all that is left.
@@ -113,7 +115,7 @@ class Desk:
             self._restore(datastore)
             images = list(datastore.get_unlabeled_images(request.get("label_tag"), request.get("labels")))
             free, seen = self.leases.order(images, client)
-            pool = [*free, *seen] if again else free or seen[:1]
+            pool = [*free, *seen] if again and client != NOBODY else free or seen[:1]
             if images and not pool:
                 raise MONAILabelException(MONAILabelError.INVALID_INPUT, self._all_taken(images))
             reply = choose(pool) if pool else None
@@ -206,6 +208,14 @@ class _Unleased:
 
     def get_unlabeled_images(self, *_: Any) -> list[str]:
         return list(self._images)
+
+    def get_image_info(self, image: str) -> dict[str, Any]:
+        """With hand-outs a second ago or more: upstream's ``random`` weighs by the seconds since, and fails at none."""
+        info, latest = self._datastore.get_image_info(image), int(time.time()) - 1
+        found = info.get("strategy")
+        entries = found.items() if isinstance(found, Mapping) else ()
+        past = {name: {"ts": min(time_of(one), latest)} for name, one in entries if isinstance(one, Mapping)}
+        return {**info, "strategy": past}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._datastore, name)

@@ -16,11 +16,20 @@ from contextlib import contextmanager
 from lib.errors import AppError
 
 logger = logging.getLogger(__name__)
+FAILURES = (AppError, RuntimeError, OSError, ValueError, MemoryError)  # of a job; the thread goes on with the next
 CLOSE_LIMIT_S = 20.0  # a thread ends at its next encoder block; this only keeps a stuck one from blocking the exit
 
 
 class ClosedError(Exception):
     """Ends background work in mid-slice when its owner goes."""
+
+
+def attempt(job: Callable[[], object]) -> None:
+    """Runs what may fail: a failed guess at future work costs nothing, the click on that slice will tell."""
+    try:
+        job()
+    except FAILURES as error:
+        logger.warning("background work failed: %s", type(error).__name__)
 
 
 class Gate:
@@ -146,11 +155,7 @@ class Background:
         """One job. Nothing holds it afterwards: it may be the last to know its engine."""
         job = self._next()
         self._gate.pause()
-        try:
-            job()
-        except (AppError, RuntimeError, OSError, ValueError) as error:
-            # a failed guess at future work costs nothing: the click on that slice will tell
-            logger.warning("background work failed: %s", type(error).__name__)
+        attempt(job)
 
     def _next(self) -> Callable[[], object]:
         self._rest()

@@ -5,6 +5,7 @@ Not thread-safe: one per volume.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Optional
 
 import numpy as np
@@ -23,10 +24,19 @@ MOST_SLICES = 64  # of one image that are looked at, evenly spread; a model that
 
 
 class Sight:
-    """One volume as the live version, or the plain backbone, sees it."""
+    """One volume as the live version, or the plain backbone, sees it.
 
-    def __init__(self, assisted: AssistedEngine, volume: Volume, live: Optional[Live]) -> None:
-        self.engine, self.volume, self.live = assisted.engine, volume, live
+    Args:
+        assisted: engine of the method.
+        volume: the image.
+        live: version to see it with; None for the plain backbone.
+        between: called before each group of slices, for what is more urgent.
+    """
+
+    def __init__(
+        self, assisted: AssistedEngine, volume: Volume, live: Optional[Live], between: Callable[[], None]
+    ) -> None:
+        self.engine, self.volume, self.live, self._between = assisted.engine, volume, live, between
         self.backbone: Backbone = assisted.engine.warm() if live is None else live.model.backbone
         self.axis = choose_axis(volume.spacing_mm, volume.shape, is_2d=volume.is_2d)
         self.transform = SliceTransform(self.backbone.spec, slice_size(volume.shape, self.axis))
@@ -44,6 +54,8 @@ class Sight:
 
     def features(self, group: range, view: View) -> Features:
         """Of some of the slices, encoded anew and kept nowhere."""
+        with torch.inference_mode(False):  # it may load a model, whose tensors would be of this mode
+            self._between()
         images = []
         for place in group:
             pixels = apply_window(slice_of(self.volume, self.axis, self.indices[place]), self.volume.window)

@@ -19,6 +19,8 @@ from typing import Any, Optional
 
 from lib.errors import VolumeError
 
+DAMAGED = (OSError, ValueError, TypeError, KeyError, OverflowError)  # what reading a file of other hands ends with
+
 
 @dataclass(frozen=True)
 class CaseScore:
@@ -58,7 +60,7 @@ class ScoreStore:
         for digest in wanted:
             try:
                 found[digest] = _score(json.loads((self._folder / key / f"{digest}.json").read_text("utf-8")))
-            except (OSError, ValueError, TypeError, KeyError):
+            except DAMAGED:
                 continue
         return found
 
@@ -97,8 +99,10 @@ def digest_of(image: str, path: Path) -> str:
 
 
 def _score(values: dict[str, Any]) -> CaseScore:
-    """Raises ValueError, TypeError or KeyError for anything that :meth:`ScoreStore.write` did not write."""
-    score = CaseScore(**{**values, "embedding": tuple(float(v) for v in values["embedding"])})
+    """Raises an error of :data:`DAMAGED` for anything that :meth:`ScoreStore.write` did not write."""
+    score = CaseScore(**{**values, "embedding": tuple(values["embedding"])})
+    if not isinstance(score.raw, dict) or not isinstance(score.content, str):
+        raise TypeError("no scores")
     numbers = [*score.raw.values(), *score.embedding, *([] if score.disagreement is None else [score.disagreement])]
     if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
         raise ValueError("not finite")

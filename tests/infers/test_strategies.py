@@ -145,6 +145,28 @@ def test_a_client_without_a_name_is_never_left_without(assisted, datastore, monk
     assert sorted(given[:4]) == NAMES and given[4] == given[0]
 
 
+@pytest.mark.parametrize("strategy", ["first", "random"])
+def test_clients_without_a_name_get_different_images_by_upstreams_strategies_too(
+    assisted, datastore, monkeypatch, strategy
+) -> None:
+    one = desk(assisted, datastore, monkeypatch)
+    given = [ask(one, strategy, datastore, None)["id"] for _ in range(3)]
+    if strategy == "first":
+        assert given == ["a", "b", "c"]
+    assert [*sorted(given), ask(one, strategy, datastore, "bob")["id"]] == [*sorted(given), *(set(NAMES) - set(given))]
+    assert len(set(given)) == 3
+    again = [ask(one, strategy, datastore, None)["id"] for _ in range(4)]
+    assert again == [*given, given[0]]  # nothing is free, and bob's stays his: the longest ago comes again
+    with pytest.raises(MONAILabelException, match="Others are labelling all 4 images"):
+        ask(one, strategy, datastore, "eve")
+
+
+def test_a_client_without_a_name_gets_what_one_with_a_name_released(assisted, datastore, monkeypatch) -> None:
+    one = desk(assisted, datastore, monkeypatch, **KNOWN)
+    assert [ask(one, "predicted_dice", datastore)["id"] for _ in range(2)] == ["b", "c"]
+    assert [ask(one, "first", datastore, None)["id"] for _ in range(4)] == ["a", "b", "d", "a"]
+
+
 def test_leases_survive_a_restart(assisted, datastore, monkeypatch) -> None:
     first = desk(assisted, datastore, monkeypatch, **KNOWN)
     assert [ask(first, "predicted_dice", datastore, who)["id"] for who in ("ann", "bob")] == ["b", "c"]
@@ -158,6 +180,22 @@ def test_leases_survive_a_restart(assisted, datastore, monkeypatch) -> None:
 def test_hand_outs_that_a_client_wrote_wrongly_are_passed_over(assisted, datastore, monkeypatch, wrong) -> None:
     datastore.update_image_info("a", {"strategy": wrong})
     assert ask(desk(assisted, datastore, monkeypatch), "mix", datastore)["id"]
+    datastore.update_image_info("a", {"strategy": wrong})
+    assert ask(desk(assisted, datastore, monkeypatch), "random", datastore)["id"]
+
+
+@pytest.mark.parametrize("client", ["ann", None])
+@pytest.mark.parametrize("ahead_s", [0, 1000])  # a clock that was set back leaves times to come
+def test_random_gives_the_last_image_again_at_once(
+    assisted, datastore, monkeypatch, tmp_path: Path, client, ahead_s
+) -> None:
+    one = desk(assisted, datastore, monkeypatch)
+    for name in NAMES[1:]:
+        label(datastore, name, tmp_path)
+    for _ in range(3):
+        assert ask(one, "random", datastore, client)["id"] == "a"
+        facts = {"ts": int(time.time()) + ahead_s, "client_id": client or "admin"}
+        datastore.update_image_info("a", {"strategy": {"random": facts}})
 
 
 def test_background_work_outlives_a_store_that_cannot_be_reached(assisted, monkeypatch) -> None:

@@ -28,7 +28,12 @@ def test_scores_come_back_by_version(tmp_path: Path) -> None:
     "text",
     ["", "{", "[]", "{}", '{"raw": {}, "disagreement": null, "embedding": ["a"], "content": ""}',
      '{"raw": {"a": NaN}, "disagreement": null, "embedding": [1], "content": ""}',
-     '{"raw": {}, "disagreement": null, "embedding": [1], "content": "", "more": 1}'],
+     '{"raw": {}, "disagreement": null, "embedding": [1], "content": "", "more": 1}',
+     '{"raw": [0.5], "disagreement": null, "embedding": [1], "content": ""}',
+     '{"raw": null, "disagreement": null, "embedding": [1], "content": ""}',
+     '{"raw": {}, "disagreement": null, "embedding": "12", "content": ""}',
+     '{"raw": {}, "disagreement": null, "embedding": [1], "content": 5}',
+     '{"raw": {}, "disagreement": 1' + "0" * 400 + ', "embedding": [1], "content": ""}'],
 )  # fmt: skip
 def test_a_damaged_file_counts_as_none(tmp_path: Path, text: str) -> None:
     store = ScoreStore(tmp_path)

@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lib.active import scorer as module
+from lib.active.evidence import Evidence
 from lib.active.scorer import Case, Scorer
+from lib.active.sight import Sight
 from lib.assisted import AssistedEngine
+from lib.data.volume import load_volume
 from lib.engine import Engine
+from lib.errors import CapacityError
 from tests.cases import ROW, add_version, settings, store_at, write_case
 
 PATIENCE_S = 240.0
@@ -81,6 +86,38 @@ def answered(scorer: Scorer, version: str | None, *images: str) -> bool:
     return found.version == version and all(i in found.known and found.known[i].predicted is not None for i in images)
 
 
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was prepared, in order, without the work."""
+    found: list[str] = []
+    monkeypatch.setattr(Scorer, "_prepare", lambda _, image: found.append(image))
+    return found
+
+
+class Slow:
+    """Stands for :class:`Sight`: evidence that takes as many groups of slices as the test lets it."""
+
+    started: list[int]
+    enough: threading.Event
+
+    def __init__(self, *facts: Any) -> None:
+        self._between = facts[-1]
+        self.started.append(1)
+
+    def evidence(self, *, with_answer: bool) -> Evidence:
+        while not self.enough.wait(0.01):
+            self._between()
+        return Evidence(None, None, torch.zeros(2))
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Slow]]:
+    Slow.started, Slow.enough = [], threading.Event()
+    monkeypatch.setattr(module, "Sight", Slow)
+    yield Slow
+    Slow.enough.set()
+
+
 def test_a_fresh_server_does_nothing_until_somebody_asks(made, assisted: AssistedEngine, store: Store) -> None:
     scorer = made()
     time.sleep(0.5)
@@ -120,6 +157,41 @@ def test_former_scores_count_until_the_new_ones_cover_as_much(made, assisted: As
     until(lambda: scorer.scores(["img1", "img2"]).version == "v0002")
 
 
+def test_former_scores_are_forgotten_once_the_new_ones_have_caught_up(made, assisted, store: Store) -> None:
+    add_version(assisted.store, assisted.engine)
+    training = threading.Event()
+    scorer = made(resting=training.is_set)
+    until(lambda: answered(scorer, "v0001", "img1", "img2") and "img0" in scorer.scores([]).known)
+    add_version(assisted.store, assisted.engine, noise=0.05)
+    until(lambda: answered(scorer, "v0002", "img1", "img2") and "img0" in scorer.scores([]).known)
+    training.set()  # nothing is scored
+    os.utime(store.folder / "img1.nii.gz", ns=(1, 1))
+    until(lambda: "img1" not in scorer.scores([]).known)
+    assert scorer.scores(["img1", "img2"]).version == "v0002"
+
+
+@pytest.mark.parametrize("former", [None, "v0001"])
+def test_former_scores_count_after_a_restart_too(made, assisted: AssistedEngine, store: Store, former) -> None:
+    if former:
+        add_version(assisted.store, assisted.engine)
+    first = made()
+    first.prepare([])
+    until(lambda: len(first.scores([]).known) == 3)
+    first.close()
+    live = add_version(assisted.store, assisted.engine, noise=0.05).name
+    again = AssistedEngine(Engine(assisted.engine.settings), ROW, assisted.store, ("object",))
+    training = threading.Event()
+    training.set()
+    second = Scorer(again, store.cases, store.fetch, most=100, fetches=0, resting=training.is_set)
+    second.start()
+    until(lambda: second.scores([]).version == live and second.waiting() == 0)
+    found = second.scores(["img1", "img2"])
+    assert found.version == former and len(found.known) == 3
+    training.clear()
+    until(lambda: answered(second, live, "img1", "img2"))
+    second.close()
+
+
 def test_scores_outlive_the_server(made, assisted: AssistedEngine, store: Store, monkeypatch) -> None:
     add_version(assisted.store, assisted.engine)
     first = made()
@@ -155,6 +227,167 @@ def test_scoring_leaves_the_caches_alone_and_preparing_fills_them(made, assisted
     until(lambda: scorer.waiting() == 0 and assisted.engine.info()["cache"]["slices"] > 0)
     reply = assisted.segment(assisted.engine.open(store.folder / "img1.nii.gz"), {})
     assert reply.cache["automatic_hits"] == 1
+
+
+def test_all_clients_images_are_prepared_in_the_middle_of_a_scoring(made, slow, monkeypatch, store: Store) -> None:
+    done, asked = list[str](), threading.Event()
+
+    def prepare(_: Scorer, image: str) -> None:
+        done.append(image)
+        assert asked.wait(PATIENCE_S)
+
+    monkeypatch.setattr(Scorer, "_prepare", prepare)
+    scorer = made()
+    scorer.prepare([])
+    until(lambda: bool(slow.started))
+    scorer.prepare(["ann's", "ann's next"])
+    until(lambda: done == ["ann's"])
+    scorer.prepare(["bob's", "bob's next"])
+    asked.set()
+    until(lambda: len(done) == 4)
+    assert done == ["ann's", "bob's", "bob's next", "ann's next"]
+    assert len(slow.started) == 1 and not scorer.scores(store.names).known  # the scoring still runs
+    slow.enough.set()
+    until(lambda: len(scorer.scores(store.names).known) == 3)
+    assert len(slow.started) == 3  # and did not begin again
+
+
+def test_an_image_asked_for_while_the_store_is_listed_is_prepared_before_all_scoring(
+    made, store: Store, assisted, prepared, slow
+) -> None:
+    add_version(assisted.store, assisted.engine)
+    listing, go_on, cases = threading.Event(), threading.Event(), store.cases
+
+    def listed() -> list[Case]:
+        listing.set()
+        assert go_on.wait(PATIENCE_S)
+        return cases()
+
+    store.cases = listed  # type: ignore[method-assign]
+    scorer = made()
+    assert listing.wait(PATIENCE_S)
+    scorer.prepare(["img1", "img2"])
+    go_on.set()
+    until(lambda: prepared == ["img1", "img2"])
+
+
+def test_the_newest_hand_outs_are_prepared_and_all_before_what_is_likely_next(made, assisted, prepared) -> None:
+    clients = range(10)
+    with assisted.engine.foreground():  # nothing is prepared meanwhile
+        scorer = made(most=0)
+        for n in clients:
+            scorer.prepare([f"image {n}", f"next {n}"])
+    until(lambda: scorer.waiting() == 0)
+    assert prepared == [f"image {n}" for n in reversed(clients)] + [f"next {n}" for n in (9, 8, 7, 6, 5, 4)]
+    assert len(prepared) == module.MOST_WANTED
+
+
+def test_an_image_that_cannot_be_prepared_holds_up_no_other(made, assisted: AssistedEngine, store: Store) -> None:
+    add_version(assisted.store, assisted.engine)
+    (store.folder / "broken.nii.gz").write_bytes(b"no image" * 99)
+    scorer = made(most=0)
+    scorer.prepare(["broken", "img1"])
+    until(lambda: scorer.waiting() == 0)
+    assert assisted.segment(assisted.engine.open(store.folder / "img1.nii.gz"), {}).cache["automatic_hits"] == 1
+
+
+def test_preparing_in_the_middle_of_a_scoring_is_as_preparing_at_any_time(made, assisted, store, monkeypatch) -> None:
+    add_version(assisted.store, assisted.engine)
+    plain, prepare, modes = Sight.features, Scorer._prepare, list[bool]()
+
+    def features(sight: Sight, *args: Any) -> Any:
+        if not modes:
+            scorer.prepare(["img2"])
+        return plain(sight, *args)
+
+    def prepared(scorer: Scorer, image: str) -> None:
+        modes.append(torch.is_inference_mode_enabled())
+        prepare(scorer, image)
+
+    monkeypatch.setattr(Sight, "features", features)
+    monkeypatch.setattr(Scorer, "_prepare", prepared)
+    scorer = made()
+    until(lambda: answered(scorer, "v0001", "img1", "img2"))
+    assert modes == [False]  # what is loaded or cached there is used elsewhere
+    reply = assisted.segment(assisted.engine.open(store.folder / "img2.nii.gz"), {})
+    assert reply.cache["automatic_hits"] == 1
+
+
+def test_the_store_is_looked_at_while_a_list_is_being_scored(made, slow, store: Store, monkeypatch) -> None:
+    events, cases = list[str](), store.cases
+
+    def listed() -> list[Case]:
+        events.append("look")
+        return cases()
+
+    def score(_: Slow, *, with_answer: bool) -> Evidence:
+        events.append("score")
+        time.sleep(2 * module.LOOK_S)
+        return Evidence(None, None, torch.zeros(2))
+
+    store.cases = listed  # type: ignore[method-assign]
+    monkeypatch.setattr(Slow, "evidence", score)
+    scorer = made()
+    scorer.prepare([])
+    until(lambda: len(scorer.scores(store.names).known) == 3)
+    first, _, last = (place for place, event in enumerate(events) if event == "score")
+    assert events[first:last].count("look") >= 2, events
+
+
+@pytest.mark.parametrize("error", [CapacityError("too large now"), MemoryError(), RuntimeError("not enough memory")])
+def test_a_passing_lack_of_memory_marks_no_image(made, assisted, store: Store, monkeypatch, error) -> None:
+    monkeypatch.setattr(module, "AGAIN_S", 0.3)
+    tried, short = list[Path](), threading.Event()
+    short.set()
+
+    def load(path: Path) -> Any:
+        if path.name.startswith("img1") and short.is_set():
+            tried.append(path)
+            raise error
+        return load_volume(path)
+
+    monkeypatch.setattr(module, "load_volume", load)
+    add_version(assisted.store, assisted.engine)
+    scorer = made()
+    until(lambda: answered(scorer, "v0001", "img2") and len(tried) > 1)
+    assert scorer.scores([]).unreadable == ({"img1"} if isinstance(error, CapacityError) else set())  # handed out last
+    assert not [p for p in (assisted.store.folder / "scores").rglob("*.json") if '"embedding": []' in p.read_text()]
+    short.clear()
+    until(lambda: answered(scorer, "v0001", "img1"))
+    assert not scorer.scores([]).unreadable
+
+
+def test_an_image_that_could_not_be_scored_is_when_its_file_changes(made, assisted, store: Store, monkeypatch) -> None:
+    tried, changed = list[Path](), 1
+
+    def load(path: Path) -> Any:
+        if path.name.startswith("img1") and path.stat().st_mtime_ns != changed:
+            tried.append(path)
+            raise RuntimeError
+        return load_volume(path)
+
+    monkeypatch.setattr(module, "load_volume", load)
+    add_version(assisted.store, assisted.engine)
+    scorer = made()
+    until(lambda: answered(scorer, "v0001", "img2") and bool(tried))
+    time.sleep(0.3)
+    assert len(tried) == 1
+    os.utime(store.folder / "img1.nii.gz", ns=(changed, changed))
+    until(lambda: answered(scorer, "v0001", "img1"))
+
+
+def test_a_damaged_score_is_made_again(made, assisted: AssistedEngine, store: Store) -> None:
+    add_version(assisted.store, assisted.engine)
+    first = made()
+    until(lambda: answered(first, "v0001", "img1", "img2"))
+    first.close()
+    for file in (assisted.store.folder / "scores").rglob("*.json"):
+        file.write_text('{"raw": [0.5], "disagreement": null, "embedding": [1], "content": ""}')
+    again = AssistedEngine(Engine(assisted.engine.settings), ROW, assisted.store, ("object",))
+    second = Scorer(again, store.cases, store.fetch, most=100, fetches=0)
+    second.start()
+    until(lambda: answered(second, "v0001", "img1", "img2"))
+    second.close()
 
 
 @pytest.mark.parametrize(("fetches", "fetched"), [(0, []), (1, ["img2"])])
