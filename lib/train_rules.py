@@ -32,7 +32,7 @@ class Rules:
         after: new or changed final labels that start a training; 0: never.
         interval_min: minutes from one scheduled start to the next.
         hours: allowed hours such as ``20:00-06:00``; empty: always.
-        idle_min: minutes without an inference request or saved label before a start.
+        idle_min: minutes without an inference request, a next sample or a saved label before a start.
         limit_min: minutes that a scheduled training may take; 0: no limit.
 
     Raises:

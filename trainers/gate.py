@@ -161,5 +161,8 @@ def _opaque(case: str) -> str:
 
 
 def _stamp(file: str) -> str:
-    found = os.stat(file)
+    try:
+        found = os.stat(file)
+    except FileNotFoundError:  # the store lists what somebody has just moved; all other labels still count
+        return ""
     return f"{found.st_mtime_ns}-{found.st_size}"

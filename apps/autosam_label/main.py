@@ -101,6 +101,11 @@ class AutoSamLabel(MONAILabelApp):
         self._desk.start()
         self.schedule.start()
 
+    def next_sample(self, request: dict[str, Any]) -> Any:
+        """Upstream's; whoever asks for an image is about to work."""
+        self.schedule.used()
+        return super().next_sample(request)
+
     def on_save_label(self, image_id: str, label_id: str) -> None:
         """Called for a label of any tag; the schedule looks at the store itself."""
         self.schedule.saved()

@@ -142,7 +142,14 @@ def switch_schedule(
     command: Literal["pause", "resume"], user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))
 ) -> Any:
     """Holds over a restart. A training that runs goes on; ``DELETE /train/`` stops it."""
-    _schedule().pause(command == "pause")
+    try:
+        _schedule().pause(command == "pause")
+    except OSError as error:
+        raise HTTPException(
+            507,
+            f"Expected a folder of trained versions that can be written, received: {error.strerror}. See to its rights"
+            " and to the disk's space; the schedule is as it was.",
+        ) from error
     return _schedule().view()
 
 

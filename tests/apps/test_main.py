@@ -88,6 +88,14 @@ def test_app_writes_nothing_and_loads_no_weights(load, tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
+def test_schedule_leaves_whoever_asks_for_an_image_alone(load, monkeypatch) -> None:
+    app, uses = load(), []
+    monkeypatch.setattr(app.schedule, "used", lambda: uses.append(1))
+    app.next_sample({"strategy": "random"})
+    app.infer(click())
+    assert len(uses) == 2
+
+
 def test_app_offers_the_labels_it_is_told(load) -> None:
     assert load(labels="liver, spleen").info()["labels"] == ["liver", "spleen"]
 

@@ -370,6 +370,14 @@ def test_gate_counts_final_labels_by_case_under_hashes(app: App, tmp_path: Path)
     assert UpstreamGate(App(again), "sam2rad").labels() == after  # type: ignore[arg-type]
 
 
+def test_gate_counts_the_others_where_a_label_file_is_missing(app: App, tmp_path: Path) -> None:
+    for name in ("patient1", "patient2"):
+        save_label(app, tmp_path, name)
+    Path(app.store.get_label_uri("patient1", "final")).unlink()
+    found = UpstreamGate(app, "sam2rad").labels()  # type: ignore[arg-type]
+    assert found is not None and sorted(map(bool, found.values())) == [False, True]
+
+
 class Silent(LocalDatastore):
     """A PACS that is away, or there but slow to give files."""
 
