@@ -28,7 +28,7 @@ ROOT = str(Path(__file__).resolve().parents[2])
 OURS = ("lib", "infers", "trainers")
 
 sys.path[:] = [ROOT, *(p for p in sys.path if p != ROOT)]
-for _name in [m for m in sys.modules if m.split(".")[0] in OURS]:
+for _name in [m for m in list(sys.modules) if m.split(".")[0] in OURS]:
     del sys.modules[_name]
 
 from infers.base import for_store, told

@@ -43,12 +43,12 @@ def load(studies: Path, conf: dict[str, str], monkeypatch: pytest.MonkeyPatch, t
     """Builds the app as the server does; leaves this process's modules and path as they were."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(ROOT))])
-    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] in OURS}
+    before = {name: module for name, module in list(sys.modules.items()) if name.split(".")[0] in OURS}
     monkeypatch.setattr(settings, "MONAI_LABEL_SESSION_PATH", str(tmp_path / "sessions"))
     clear_cache()
     yield lambda **more: app_instance(str(APP), str(studies), {**conf, **more})
     clear_cache()
-    for name in [m for m in sys.modules if m.split(".")[0] in OURS]:
+    for name in [m for m in list(sys.modules) if m.split(".")[0] in OURS]:
         del sys.modules[name]
     sys.modules.update(before)
 
