@@ -7,7 +7,6 @@ Thread-safe. Gone with the process: what a killed one left goes with the first a
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -20,8 +19,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
+from uuid import uuid4
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from infers.stored import label_map
 from lib.data.geometry import slice_view
@@ -30,7 +31,7 @@ from lib.quality.checks import LabelMap
 from lib.types import Volume
 
 KEPT_BYTES = 512 << 20  # of answers' files
-PREFIX = "autosam-asked-"  # of folders that are locked as long as their process lives
+PREFIX, LOCK = "autosam-asked-", ".lock"  # of folders that are locked as long as their process lives
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,29 +140,31 @@ def _kept(file: Path, folder: Path, names: Mapping[int, str], record: Provenance
     return answer
 
 
-def _locked_folder() -> tuple[Path, int]:
-    """A new folder, which has its name only once it is locked, and the lock, which ends with the process at last."""
-    made = Path(tempfile.mkdtemp(prefix="autosam-new-"))
-    lock = os.open(made, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    return made.rename(made.with_name(made.name.replace("autosam-new-", PREFIX))), lock
+def _locked_folder() -> tuple[Path, FileLock]:
+    """A new folder, made once its lock is held, which ends with the process at last."""
+    folder = Path(tempfile.gettempdir()) / f"{PREFIX}{uuid4().hex}"
+    lock = FileLock(f"{folder}{LOCK}", thread_local=False)  # given up by whichever thread comes last
+    lock.acquire()
+    folder.mkdir(mode=0o700)
+    return folder, lock
 
 
-def _give_up(folder: Path, lock: int) -> None:
+def _give_up(folder: Path, lock: FileLock) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    os.close(lock)
+    lock.release()
+    Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _remove_abandoned() -> None:
     """The folders of processes that were killed."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with suppress(OSError):  # it is in use, another user's, or gone
-            lock = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if folder.suffix == LOCK or folder.is_symlink():
+            continue
+        with suppress(OSError, Timeout):  # it is in use, another user's, or gone
+            lock = FileLock(f"{folder}{LOCK}", timeout=0)
+            with lock:
                 shutil.rmtree(folder)
-            finally:
-                os.close(lock)
+            Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def numbers_of(answers: Mapping[Spot, Answer]) -> Optional[dict[int, str]]:

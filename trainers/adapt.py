@@ -284,8 +284,10 @@ class _Training:
     def _stored(self, model: Learned, metrics: dict[str, Any]) -> Version:
         """The new version, stored before anything is asked of the old one; once, however often the run is cut off."""
         mark = self.folder / STORED
-        if mark.exists():
-            return self.store.get(mark.read_text())
+        name = mark.read_text() if mark.exists() else ""
+        stored = next((version for version in self.store.list() if version.name == name), None)
+        if stored is not None:  # somebody may have deleted it
+            return stored
         live = self.store.live_name()
         trained = Trained(
             backbone=self.backbone.spec.name, backbone_digest=self.backbone.weights_id, labels=self.labels,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -379,6 +380,16 @@ def test_version_is_stored_whatever_happens_while_the_live_one_is_scored(world: 
     monkeypatch.setattr(adapt, "evaluate", lambda model, cases, labels, *_, **__: _scored(cases, labels, 0.5))
     done = world.train(seed=5)
     assert done["version"] == "v0002" and done["live"], done  # and not once more as v0003
+
+
+def test_run_whose_stored_version_was_deleted_stores_it_again(world: World, dice, monkeypatch) -> None:
+    dice(0.9)
+    with monkeypatch.context() as patch:
+        patch.setattr(VersionStore, "promote", _raise(KilledError()))
+        with pytest.raises(KilledError):
+            world.fill(4).train()
+    shutil.rmtree(world.versions.folder / "versions" / "v0001")
+    assert world.train()["live"] and world.versions.live_name() is not None
 
 
 def test_rollback_while_the_live_version_is_scored_is_not_overridden(world: World, dice, monkeypatch) -> None:
