@@ -258,7 +258,7 @@ def stage_rows(systems: dict[str, System]) -> Iterator[list[str]]:
 
 
 def verdicts(systems: dict[str, System], floor: dict[str, list[float]], skip_3d: bool) -> list[Verdict]:
-    """What issue 2 asks for."""
+    """The limits of docs/latency.md."""
     upstream, sam2, compact = systems[UPSTREAM], systems[SAM2], systems[COMPACT]
     empty = median(systems[EMPTY].times["second"])
 

@@ -1,6 +1,6 @@
 """A request's prompts: of one structure for ``sam`` and ``sam_2d``, or of every label of a model at once.
 
-Serves 3D Slicer and OHIF as they are (PLATFORM 6). Points are voxel indices of the stored array; a ROI is
+Serves 3D Slicer and OHIF as they are. Points are voxel indices of the stored array; a ROI is
 ``[i0, i1, j0, j1, k0, k1]`` of voxels inside it, with the ends of a pair in any order. Thread-safe: no state.
 
 With several labels, a segment named ``background`` is never a label: it says what belongs to none of them. A label that

@@ -1,6 +1,6 @@
 """A request's options and reply format. With ``infers.prompts`` the only place that knows the clients' key names.
 
-Serves 3D Slicer and OHIF as they are (PLATFORM 6). Pure functions, thread-safe. Left out: what both clients send but
+Serves 3D Slicer and OHIF as they are. Pure functions, thread-safe. Left out: what both clients send but
 nothing here depends on (``device``, ``reset_state``, ``client_id``, ``restore_label_idx``, ``logging``); unknown keys
 are therefore no error, wrong values of known ones are.
 """

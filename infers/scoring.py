@@ -1,7 +1,7 @@
 """MONAI Label's scoring methods: ``agreement`` of final and model labels, and ``quality``, the ranked work list.
 
 ``POST /scoring/{method}`` runs in a child process that builds the app a second time. Upstream's methods write their
-numbers into the datastore's file there, and so overwrite what the server saved meanwhile (PLATFORM 4). Ours only read
+numbers into the datastore's file there, and so overwrite what the server saved meanwhile. Ours only read
 the store; results are ``NAME.json`` and ``NAME.html`` in the state folder, replaced whole, and the server shows them in
 ``/info/`` and under ``GET /quality/NAME``. Log lines and what a run returns hold counts and no identifiers.
 """

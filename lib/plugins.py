@@ -1,4 +1,4 @@
-"""Finds a backbone or method by module name: no table, no registration, so reloading the app is safe (STYLE 3.1)."""
+"""Finds a backbone or method by module name: no table, no registration, so reloading the app is safe."""
 
 from __future__ import annotations
 

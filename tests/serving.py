@@ -1,4 +1,4 @@
-"""A real server process for tests, and the clients' requests word for word (PLATFORM 6)."""
+"""A real server process for tests, and the clients' requests word for word."""
 
 from __future__ import annotations
 

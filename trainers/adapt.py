@@ -54,10 +54,6 @@ logger = logging.getLogger(__name__)
 LEFT_OUT_SHOWN = 20
 STORED = "stored"  # holds the name of the version that a run made
 NICE = 10  # of the training's process: clicks on the server beside it go first
-SHOWN = (
-    "preset", "start", "loss", "augment", "epochs", "minutes", "batch", "views", "lr", "backbone_lr", "patience",
-    "memory_mb", "seed",
-)  # fmt: skip
 
 
 class AdaptTask(TrainTask):
@@ -78,7 +74,7 @@ class AdaptTask(TrainTask):
 
     def config(self) -> dict[str, Any]:
         """Options that clients show; a list is a choice whose first item is the default."""
-        values = {key: getattr(self._row.recipe, key) for key in SHOWN}
+        values = asdict(self._row.recipe)
         choices = {"preset": ("auto", *PRESETS), "start": STARTS}
         return values | {k: [values[k], *(c for c in found if c != values[k])] for k, found in choices.items()}
 
