@@ -14,21 +14,20 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import takewhile
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lib.automatic import Automatic, changed_pairs, gated
 from lib.cache import Lru
+from lib.carried import Pair, Step, carry, combined
 from lib.claims import Said
 from lib.config import MethodRow
-from lib.contracts import Features, PromptSet
+from lib.contracts import Features, PromptSet, Proposal
 from lib.correction import Points, near_points
 from lib.data.geometry import choose_axis, put_slice, slice_size, slice_view, to_slice_rc
 from lib.data.window import with_window
@@ -36,25 +35,21 @@ from lib.engine import Engine, SegmentOptions
 from lib.errors import PromptError
 from lib.evaluate import label_maps
 from lib.learned import Answer, Learned
-from lib.plain import label_map
+from lib.plain import PlainLabels
 from lib.prompts.user import SlicePrompts, by_slice, prompt_set
-from lib.propagate import SliceResult
 from lib.proposed import points_by_label
 from lib.timing import Timed
 from lib.transform import SliceTransform
-from lib.types import LabelPrediction, Prediction, UserPrompts, Volume
+from lib.types import LabelPrediction, UserPrompts, Volume
 from lib.uncertainty import Uncertainty, entropy_map
 from lib.versions.gate import check_fits
 from lib.versions.record import Version
 from lib.versions.store import VersionStore
 from lib.windows import answers, window_around
 
-KEPT_MB = 512  # of autonomous results
-PLAIN_MB = 256  # of plain SAM's answers by label, while nothing is trained
+KEPT_MB = 512  # of autonomous results; the last one stays whatever its size, or every click would make it anew
 WINDOWS_MB = 256  # of features around clicked slices, for models that see neighbours
-REACH = 5  # cells of the mask grid across which a change may spread from one slice to the next
 DEFAULTS = SegmentOptions()
-FADED = 0.1  # of the change on the prompted slice: below it a walk ends
 
 
 @dataclass(frozen=True)
@@ -77,8 +72,8 @@ class AssistedEngine:
 
     def __init__(self, engine: Engine, row: MethodRow, store: VersionStore, labels: tuple[str, ...]) -> None:
         self.engine, self.row, self.store, self.offered = engine, row, store, labels
-        self._kept: Lru[Automatic] = Lru(KEPT_MB << 20, Automatic.nbytes, engine.waiting)
-        self._plain_kept: Lru[Prediction] = Lru(PLAIN_MB << 20, lambda p: p.mask.nbytes, engine.waiting)
+        self._plain = PlainLabels(engine, row.name, labels)
+        self._kept: Lru[Automatic] = Lru(KEPT_MB << 20, Automatic.nbytes, engine.waiting, least=1)
         self._windows: Lru[Features] = Lru(WINDOWS_MB << 20, Features.nbytes, engine.waiting)
         self._live: tuple[object, Live | None] = (None, None)
         self._loading = threading.Lock()
@@ -134,11 +129,10 @@ class AssistedEngine:
             volume = with_window(volume, options.window)
             live = self.live()
             _check_known(prompts, self.offered if live is None else live.version.labels)
-            found = (
-                self._plain(volume, prompts, options)
-                if live is None
-                else _Job(self, live, volume, options).run(prompts)
-            )
+            if live is None:
+                found = self._plain.segment(volume, prompts, options)
+            else:
+                found = _Job(self, live, volume, options).run(prompts)
         return replace(found, latencies_s={**found.latencies_s, "segment": time.perf_counter() - started})
 
     def doubted(
@@ -168,34 +162,6 @@ class AssistedEngine:
         seconds = {**job.seconds, "segment": time.perf_counter() - started}
         return replace(found, latencies_s=seconds), doubt
 
-    def _plain(self, volume: Volume, prompts: Mapping[str, UserPrompts], options: SegmentOptions) -> LabelPrediction:
-        """Every label by itself, one map of them all; a label whose prompts are those of the last click is kept."""
-        drawn = {label: p for label, p in prompts.items() if p.starts}
-        if not drawn:
-            raise PromptError(
-                f"No trained version of {self.row.name} is live, so plain SAM answers, which needs a positive click or "
-                "a box. Click on a structure, or train first."
-            )
-        found: dict[int, Prediction] = {}
-        warnings: list[str] = []
-        cache = Counter[str]()
-        for label, one in drawn.items():
-            strokes = [(s.positive, s.voxels.tobytes()) for s in one.strokes]  # an array's repr leaves out its middle
-            key = repr((volume.content_hash, volume.window.key(), options, one.clicks, one.boxes, strokes))
-            answer, there = self._plain_kept.get_or_make(key, partial(self.engine.segment, volume, one, options))
-            found[self.offered.index(label) + 1] = answer
-            warnings += answer.warnings
-            cache.update({"plain_hits": 1} if there else answer.cache)
-        warnings.append(f"No trained version of {self.row.name} is live yet: this is plain SAM.")
-        numbered = {self.offered.index(label) + 1: one for label, one in drawn.items()}
-        mask = label_map(found, numbered, volume.spacing_mm, walks=options.propagate and not options.planar)
-        quality = {self.offered[number - 1]: answer.quality for number, answer in found.items()}
-        edited = {label: tuple(slices) for label, slices in quality.items()}
-        axis = next(iter(found.values())).axis
-        return LabelPrediction(
-            mask, self.offered, axis, quality, {}, edited, None, {}, dict(cache), tuple(warnings), volume.window
-        )
-
 
 class _Job(Timed):
     """One request on its way."""
@@ -209,6 +175,7 @@ class _Job(Timed):
         self.walks = options.propagate and not options.planar
         self.transform = SliceTransform(self.model.spec, slice_size(volume.shape, self.axis))
         self.cache: Counter[str] = Counter()
+        self.asked: tuple[range, Features, Proposal] | None = None
 
     def run(self, prompts: Mapping[str, UserPrompts]) -> LabelPrediction:
         """Autonomous result, and the user's corrections on it."""
@@ -301,81 +268,54 @@ class _Job(Timed):
 
     def edits(
         self, automatic: Automatic, corrections: Mapping[int, Mapping[int, SlicePrompts]], reach: Container[int]
-    ) -> dict[tuple[int, int], Answer]:
+    ) -> dict[Pair, Answer]:
         """Answers by (slice, class) that differ from the autonomous ones; ``reach``: slices that walks may come to."""
-        found: dict[tuple[int, int], Answer] = {}
-        for number, slices in corrections.items():
-            mine = {i: self.corrected(automatic, i, number, p) for i, p in slices.items()}
-            found |= {(i, number): answer for i, answer in mine.items()}
-            if self.walks:
-                for index in mine:
-                    for path in (range(index + 1, self.count), range(index - 1, -1, -1)):
-                        within = takewhile(reach.__contains__, path)
-                        found |= self.carry(automatic, number, index, mine[index], within, mine.keys())
-        return found
+        asked = sorted((index, number) for number, slices in corrections.items() for index in slices)
+        answers = {pair: self.corrected(automatic, *pair, corrections[pair[1]][pair[0]]) for pair in asked}
+        mine = {pair: answer for pair, answer in answers.items() if answer is not None}
+        steps: list[Step] = []
+        for (index, number), answer in mine.items() if self.walks else ():
+            free = {i for i in range(self.count) if i in reach and i not in corrections[number]}
+            for path in (range(index + 1, self.count), range(index - 1, -1, -1)):
+                within = takewhile(free.__contains__, path)
+                steps += carry(automatic, (index, number), answer, within, self.ask, self.engine.rule)
+        return combined(automatic, steps) | mine
 
-    def corrected(self, automatic: Automatic, index: int, number: int, prompts: SlicePrompts) -> Answer:
-        """The answer on a slice with prompts; points mend what they lie in, a box speaks of the whole label."""
-        user = prompt_set(prompts, self.transform)
-        answer, points = self.ask(index, number, user, said=prompts.starts), Points.of(user, self.transform)
+    def corrected(self, automatic: Automatic, index: int, number: int, prompts: SlicePrompts) -> Answer | None:
+        """The answer on a slice with prompts; points mend what they lie in, a box speaks of the whole label. None where
+        they only exclude the label from where it is not."""
+        user, base = prompt_set(prompts, self.transform), automatic.logits(index, number)
+        points = Points.of(user, self.transform)
+        if not prompts.starts and not bool((base[0] > 0)[points.distance <= points.radius].any()):
+            return None
+        answer = self.ask(index, number, user, said=prompts.starts)
         masks = gated(answer.masks, answer.obj)
         if prompts.box_rc is None:
-            masks = near_points(masks, automatic.logits(index, number), points)
+            masks = near_points(masks, base, points)
         return Answer(masks, answer.iou, answer.obj.clamp(min=0.0) if bool((masks > 0).any()) else answer.obj)
-
-    def carry(
-        self, automatic: Automatic, number: int, seed: int, answer: Answer, path: Iterable[int],
-        prompted: Collection[int],
-    ) -> dict[tuple[int, int], Answer]:  # fmt: skip
-        """A correction's walk: a slice changes only near where the slice before did, until the change has faded."""
-        found: dict[tuple[int, int], Answer] = {}
-        changed = (gated(answer.masks, answer.obj) > 0) != (automatic.logits(seed, number) > 0)
-        first, before = int(changed.sum()), replace(answer, masks=gated(answer.masks, answer.obj))
-        for index in path:
-            if index in prompted or not bool(changed.any()):
-                break
-            near = F.max_pool2d(changed.float(), REACH, 1, REACH // 2) > 0
-            carried = self.ask(
-                index, number, PromptSet(masks=before.masks[:, None].clamp(-32, 32)), said=bool(before.obj > 0)
-            )
-            base = automatic.logits(index, number)
-            merged = torch.where(near, gated(carried.masks, carried.obj), base)
-            changed = (merged > 0) != (base > 0)
-            if int(changed.sum()) <= max(2, FADED * first) or self._jumps(before, merged, carried.iou):
-                break
-            # what is left of the label, or far from the change, is there whatever this call says of the whole slice
-            obj = carried.obj.clamp(min=0.0) if bool((merged > 0).any()) else carried.obj
-            found[index, number] = before = Answer(merged, carried.iou, obj)
-        return found
-
-    def _jumps(self, before: Answer, merged: Tensor, iou: Tensor) -> bool:
-        """Whether a mask is no believable continuation of the slice before; one that vanishes is."""
-        if not bool((merged > 0).any()) or not bool((before.masks > 0).any()):
-            return False
-        was, now = SliceResult(before.masks[:, None], float(before.iou)), SliceResult(merged[:, None], float(iou))
-        return self.engine.rule.breaks(was, was, now)
 
     def ask(self, index: int, number: int, user: PromptSet, *, said: bool) -> Answer:
         """One class on one slice, learned and user prompts in one decoder call; ``said``: the user says it is there."""
-        window = window_around(index, self.count, self.model.slices)
-        features, device = self.around(window), self.engine.device()
+        window, device = window_around(index, self.count, self.model.slices), self.engine.device()
+        if self.asked is None or self.asked[0] != window:  # labels of one slice are asked about one after the other
+            features = self.around(window)
+            self.asked = window, features, self.model.propose(features)
+        _, features, proposal = self.asked
         pair = torch.tensor([(index - window.start) * self.model.classes + number], device=device)
         user = PromptSet(**{k: None if v is None else v.to(device) for k, v in vars(user).items()})
-        answer = self.model.corrected(features, self.model.propose(features), user, pair)
+        answer = self.model.corrected(features, proposal, user, pair)
         obj = answer.obj.clamp(min=0.0) if said else answer.obj
         return Answer(answer.masks.cpu(), answer.iou.cpu(), obj.cpu())
 
-    def prediction(
-        self, automatic: Automatic, edits: Mapping[tuple[int, int], Answer], mask: np.ndarray
-    ) -> LabelPrediction:
+    def prediction(self, automatic: Automatic, edits: Mapping[Pair, Answer], mask: np.ndarray) -> LabelPrediction:
         """Everything that the reply says."""
         labels, iou, obj = self.live.version.labels, automatic.iou.clone(), automatic.obj.clone()
         for (index, number), answer in edits.items():
             iou[index, number], obj[index, number] = answer.iou[0], answer.obj[0]
         present = obj.sigmoid()
-        shown = [np.unique(slice_view(mask, self.axis, i)).tolist() for i in range(mask.shape[self.axis])]
+        shown = [np.bincount(slice_view(mask, self.axis, i).ravel("K"), minlength=256) for i in range(self.count)]
         quality = {
-            label: {i: float(iou[i, n]) for i, found in enumerate(shown) if n + 1 in found}
+            label: {i: float(iou[i, n]) for i, voxels in enumerate(shown) if voxels[n + 1]}
             for n, label in enumerate(labels)
         }
         presence = {label: {i: float(p) for i, p in enumerate(present[:, n])} for n, label in enumerate(labels)}

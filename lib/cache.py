@@ -38,14 +38,16 @@ class Lru(Generic[V]):
 
     Args:
         limit: most that may be kept, in the unit of ``size_of``; one value larger than that is not kept.
+        least: newest values that are kept whatever their size.
         size_of: size of a value, bytes by convention.
         waiting: context entered while a thread waits for another one's result.
     """
 
     def __init__(
-        self, limit: int, size_of: Callable[[V], int], waiting: Callable[[], AbstractContextManager] = nullcontext
-    ) -> None:
-        self.limit, self.size = limit, 0
+        self, limit: int, size_of: Callable[[V], int], waiting: Callable[[], AbstractContextManager] = nullcontext,
+        *, least: int = 0,
+    ) -> None:  # fmt: skip
+        self.limit, self.least, self.size = limit, least, 0
         self._size_of, self._waiting = size_of, waiting
         self._values: OrderedDict[str, V] = OrderedDict()
         self._making: dict[str, Future[V]] = {}
@@ -91,9 +93,11 @@ class Lru(Generic[V]):
         return value
 
     def _keep(self, key: str, value: V) -> None:
+        if not self.least and self._size_of(value) > self.limit:
+            return  # everything else would have to go, and then it too
         self._values[key] = value
         self.size += self._size_of(value)
-        while self.size > self.limit and self._values:
+        while self.size > self.limit and len(self._values) > self.least:
             _, old = self._values.popitem(last=False)
             self.size -= self._size_of(old)
 

@@ -16,6 +16,7 @@ from typing import Optional
 
 import numpy as np
 from scipy import ndimage
+from scipy.spatial import cKDTree
 
 from lib.data.geometry import from_slice_rc, rows_columns, slice_view
 from lib.prompts.user import SlicePrompts
@@ -28,6 +29,7 @@ BALL = 0.8  # of it: nobody points at the very middle
 MOST_MM = 32.0  # farther than that nothing is measured: the point stands for a part of its own
 LOOKED_AT = 64  # slices on which the thickness of a label is looked for: up to 2 ms of a click each
 FIRST_MM = 4.0  # of the window that is searched first
+ROUNDING = 1e-6  # mm by which two distances may differ and be the same
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,14 @@ class Said:
         """
         flat = None if walks else self.axis
         out = settled(found, mask, self.claims, self.spacing_mm, bounded=self.bounded, flat=flat)
-        for number, stroke in sorted(self.strokes, key=lambda s: s[1].positive):  # what is painted twice is there
-            i, j, k = stroke.voxels.T
-            there = mask[i, j, k]
-            excluded = np.where(out[i, j, k] == number, np.where(there == number, 0, there), out[i, j, k])
-            out[i, j, k] = number if stroke.positive else excluded
+        excluded = [(number, tuple(stroke.voxels.T)) for number, stroke in self.strokes if not stroke.positive]
+        for number, voxels in excluded:
+            out[voxels] = np.where(out[voxels] == number, mask[voxels], out[voxels])
+        for number, voxels in excluded:  # of some other stroke, or what the autonomous result has there
+            out[voxels] = np.where(out[voxels] == number, 0, out[voxels])
+        for number, stroke in self.strokes:
+            if stroke.positive:  # what is painted twice is there
+                out[tuple(stroke.voxels.T)] = number
         return out
 
 
@@ -141,8 +146,8 @@ def _claim(
     radius = radius_mm(mask, ijk, spacing_mm, label)
     if label not in thickness:
         thickness[label] = thickness_mm(mask, label, axis, spacing_mm)
-    # no part of a label is thicker than the label
-    return Claim(ijk, label, radius, min(BALL * radius, thickness[label]))
+    # no part of a label is thicker than the label, and what was not measured is no larger than what was
+    return Claim(ijk, label, radius, min(BALL * min(radius, MOST_MM), thickness[label]))
 
 
 def radius_mm(mask: np.ndarray, ijk: Index, spacing_mm: Sequence[float], label: Optional[int] = None) -> float:
@@ -150,14 +155,28 @@ def radius_mm(mask: np.ndarray, ijk: Index, spacing_mm: Sequence[float], label: 
     where none is within :data:`MOST_MM`."""
     reach = FIRST_MM
     while True:
-        window, squares = _around(mask.shape, ijk, spacing_mm, reach)
-        wanted = mask[window] != mask[ijk] if label is None else mask[window] == label
-        nearest = math.sqrt(squares[wanted].min()) if wanted.any() else math.inf
+        nearest = math.sqrt(_nearest_square(mask, ijk, spacing_mm, label, reach))
         if nearest <= reach:  # what lies outside the window is farther away
             return nearest
         if reach >= MOST_MM:
             return math.inf
         reach *= 2
+
+
+def _nearest_square(
+    mask: np.ndarray, ijk: Index, spacing_mm: Sequence[float], label: Optional[int], reach_mm: float
+) -> float:
+    """As :func:`radius_mm`, squared, in a window; plane by plane, which may be most of a finely resolved volume."""
+    i, j, k = _window(mask.shape, ijk, spacing_mm, reach_mm)
+    plane, nearest = _plane(i, j, ijk, spacing_mm), math.inf
+    for n in sorted(range(k.start, k.stop), key=lambda n: abs(n - ijk[2])):
+        away = ((n - ijk[2]) * spacing_mm[2]) ** 2
+        if away >= nearest:
+            break
+        wanted = mask[i, j, n] != mask[ijk] if label is None else mask[i, j, n] == label
+        if wanted.any():
+            nearest = min(nearest, float(plane[wanted].min()) + away)
+    return nearest
 
 
 def thickness_mm(mask: np.ndarray, label: int, axis: int, spacing_mm: Sequence[float]) -> float:
@@ -199,9 +218,7 @@ def settled(
         out = np.array(mask, order="F")
         for claim in said:
             _copy(found, out, claim.ijk, FAR * claim.radius_mm, spacing_mm)
-    for claim in sorted(said, key=lambda c: (c.label, c.ijk)):  # of two as near the label counts, not the background
-        window, inside = _ball(claim, said, mask.shape, spacing_mm, flat)
-        out[window][inside] = claim.label
+    _put_balls(out, said, spacing_mm, flat)
     for claim in said:
         out[claim.ijk] = claim.label
     return out
@@ -210,37 +227,53 @@ def settled(
 def _copy(source: np.ndarray, to: np.ndarray, ijk: Index, radius_mm: float, spacing_mm: Sequence[float]) -> None:
     """All voxels within a distance; slice by slice, as the ball may be most of a large volume."""
     i, j, k = _window(to.shape, ijk, spacing_mm, radius_mm)
-    plane = _squares((i, j, slice(ijk[2], ijk[2] + 1)), ijk, spacing_mm)[:, :, 0]
+    plane = _plane(i, j, ijk, spacing_mm)
     for n in range(k.start, k.stop):
         near = plane <= radius_mm**2 - ((n - ijk[2]) * spacing_mm[2]) ** 2
         to[i, j, n][near] = source[i, j, n][near]
 
 
-def _ball(
-    claim: Claim, said: Sequence[Claim], shape: Sequence[int], spacing_mm: Sequence[float], flat: Optional[int]
-) -> tuple[Window, np.ndarray]:
-    """A window and the voxels in it that are inside a claim's ball and no nearer to another claim."""
-    window, squares = _around(shape, claim.ijk, spacing_mm, claim.ball_mm)
-    inside = squares < claim.ball_mm**2
-    if flat is not None:
-        level = np.arange(window[flat].start, window[flat].stop) == claim.ijk[flat]
-        inside &= np.expand_dims(level, tuple(a for a in range(3) if a != flat))
-    for other in said:
-        if other.ijk != claim.ijk and math.dist(*_places(claim, other, spacing_mm)) < 2 * claim.ball_mm:
-            inside &= squares <= _squares(window, other.ijk, spacing_mm)
-    return window, inside
+def _put_balls(out: np.ndarray, said: Sequence[Claim], spacing_mm: Sequence[float], flat: Optional[int]) -> None:
+    """Every voxel in the ball of the claim that is nearest to it becomes what that one says."""
+    trees = {}
+    for label in sorted({c.label for c in said}):  # one each, so that ties do not hang on the order of points
+        mine = sorted((c for c in said if c.label == label), key=lambda c: c.ijk)
+        trees[label] = mine, cKDTree([c.ijk for c in mine] * np.asarray(spacing_mm))
+    around = [(c, _window(out.shape, c.ijk, spacing_mm, c.ball_mm)) for c in said if c.ball_mm]
+    windows = [(c, _flattened(window, c.ijk, flat)) for c, window in around]
+    for n in sorted({n for _, (_, _, k) in windows for n in range(k.start, k.stop)}):
+        inside = np.zeros(out.shape[:2], bool)
+        for claim, (i, j, k) in windows:
+            if k.start <= n < k.stop:
+                away = ((n - claim.ijk[2]) * spacing_mm[2]) ** 2
+                inside[i, j] |= _plane(i, j, claim.ijk, spacing_mm) < claim.ball_mm**2 - away
+        rows, columns = np.nonzero(inside)
+        voxels = np.stack([rows, columns, np.full_like(rows, n)], 1)
+        what = _said_at(voxels, trees, spacing_mm, flat)
+        out[rows, columns, n] = np.where(what < 0, out[rows, columns, n], what)
 
 
-def _places(one: Claim, other: Claim, spacing_mm: Sequence[float]) -> tuple[list[float], list[float]]:
-    return [n * s for n, s in zip(one.ijk, spacing_mm)], [n * s for n, s in zip(other.ijk, spacing_mm)]
+def _said_at(
+    voxels: np.ndarray, trees: Mapping[int, tuple[Sequence[Claim], cKDTree]], spacing_mm: Sequence[float],
+    flat: Optional[int],
+) -> np.ndarray:  # fmt: skip
+    """``(N,)`` label of the nearest claim where the voxel is in its ball, else -1; of two as near the label counts, not
+    the background."""
+    nearest, what = np.full(len(voxels), np.inf), np.full(len(voxels), -1)
+    for label, (claims_of_it, tree) in trees.items():
+        distance, which = tree.query(voxels * np.asarray(spacing_mm))
+        painted = distance < np.array([c.ball_mm for c in claims_of_it])[which] - ROUNDING
+        if flat is not None:
+            painted &= voxels[:, flat] == np.array([c.ijk[flat] for c in claims_of_it])[which]
+        what[distance < nearest - ROUNDING] = -1
+        what[painted & (distance <= nearest + ROUNDING)] = label
+        nearest = np.minimum(nearest, distance)
+    return what
 
 
-def _around(
-    shape: Sequence[int], ijk: Index, spacing_mm: Sequence[float], reach_mm: float
-) -> tuple[Window, np.ndarray]:
-    """The window that holds everything within a distance of a voxel, and the squared distances in it."""
-    window = _window(shape, ijk, spacing_mm, reach_mm)
-    return window, _squares(window, ijk, spacing_mm)
+def _flattened(window: Window, ijk: Index, flat: Optional[int]) -> Window:
+    i, j, k = (slice(c, c + 1) if axis == flat else w for axis, (w, c) in enumerate(zip(window, ijk)))
+    return i, j, k
 
 
 def _window(shape: Sequence[int], ijk: Index, spacing_mm: Sequence[float], reach_mm: float) -> Window:
@@ -249,9 +282,10 @@ def _window(shape: Sequence[int], ijk: Index, spacing_mm: Sequence[float], reach
     return i, j, k
 
 
-def _squares(window: Window, ijk: Index, spacing_mm: Sequence[float]) -> np.ndarray:
-    i, j, k = (((np.arange(w.start, w.stop) - c) * s) ** 2 for w, c, s in zip(window, ijk, spacing_mm))
-    return i[:, None, None] + j[:, None] + k
+def _plane(i: slice, j: slice, ijk: Index, spacing_mm: Sequence[float]) -> np.ndarray:
+    """Squared distances from a voxel within its plane of constant k."""
+    down, across = (((np.arange(w.start, w.stop) - c) * s) ** 2 for w, c, s in zip((i, j), ijk, spacing_mm))
+    return down[:, None] + across
 
 
 def reached(said: Iterable[Claim], count: int, axis: int, spacing_mm: Sequence[float]) -> set[int]:

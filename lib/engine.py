@@ -30,7 +30,7 @@ from lib.background import Background, Gate
 from lib.cache import EmbeddingCache, EmbeddingKey, Lru
 from lib.contracts import Backbone, Features, PromptSet
 from lib.data.geometry import choose_axis, put_slice, slice_of, slice_size
-from lib.data.volume import load_volume
+from lib.data.volume import image_files, load_volume
 from lib.data.window import apply_window, with_window
 from lib.decoder import decode
 from lib.errors import ConfigError, PromptError, VolumeError
@@ -385,10 +385,9 @@ def _on(prompts: PromptSet, device: torch.device) -> PromptSet:
 
 
 def _fingerprint(path: Path) -> str:
-    """Changes when the file does, without reading it; for a folder, when any of its files does."""
+    """Changes when the image does, without reading it; looks at every file that belongs to it."""
     try:
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        stats = [(str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in files]
+        stats = [(str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in image_files(path)]
     except OSError as error:
         raise VolumeError(
             "The image cannot be found on the server. Refresh the list of images and try again."

@@ -38,16 +38,26 @@ def encoded(model: Learned) -> FeaturesOf:
     return features
 
 
-def kept(features: FeaturesOf) -> FeaturesOf:
-    """The same function that computes every group of slices once: validation asks for the same ones each epoch."""
+def kept(features: FeaturesOf, limit: int) -> FeaturesOf:
+    """The same function that computes every group of slices once: validation asks for the same ones each epoch.
+
+    Args:
+        features: computes them.
+        limit: bytes for what is kept; what comes later is computed each time.
+    """
     memory: dict[tuple[str, int], tuple[Features, Tensor]] = {}
+    left = limit
 
     def remembered(slices: Sequence[Slice]) -> Features:
+        nonlocal left
         key = (slices[0].case.case, slices[0].index)
-        if key not in memory:
+        there = memory.get(key)
+        if there is None:
             fresh = features(slices)
-            memory[key] = fresh.to("cpu", torch.float16), fresh.pe  # pe is the same for all and knows the device
-        half, pe = memory[key]
+            there = fresh.to("cpu", torch.float16), fresh.pe  # pe is the same for all and knows the device
+            if there[0].nbytes() <= left:
+                memory[key], left = there, left - there[0].nbytes()
+        half, pe = there
         return replace(half.to(pe.device, torch.float32), pe=pe)
 
     return remembered
@@ -79,10 +89,12 @@ def case_dice(predicted: np.ndarray, truth: np.ndarray, classes: int) -> list[fl
     """Dice of classes 1..K."""
     from monai.metrics import compute_dice  # seconds to import
 
-    numbers = torch.arange(1, classes + 1)[:, None]
-    flat = (torch.from_numpy(np.ravel(np.asfortranarray(a), order="K")) for a in (predicted, truth))
-    found, true = ((voxels == numbers)[None].float() for voxels in flat)  # (1, K, voxels)
-    return compute_dice(found, true, include_background=True, ignore_empty=False)[0].tolist()
+    found, true = (torch.from_numpy(np.ravel(np.asfortranarray(a), order="K")) for a in (predicted, truth))
+    dice = []
+    for number in range(1, classes + 1):  # one by one: all of them as float are gigabytes of a large volume
+        one, other = ((voxels == number)[None, None].float() for voxels in (found, true))  # (1, 1, voxels)
+        dice.append(compute_dice(one, other, include_background=True, ignore_empty=False).item())
+    return dice
 
 
 def evaluate(

@@ -213,10 +213,12 @@ class Learned(nn.Module):
             pairs: ``(n,)`` their numbers.
         """
         every = self._every_pair(features)
-        if proposal is None or proposal.refine is None:
+        together = self.slices > 1 if proposal is None else proposal.refine is not None
+        if not together:
             cut = None if proposal is None else rows(proposal, pairs)
             return self.decode(features, cut, user, every[pairs])[1]
-        answer = self.decode(features, proposal, spread(user, pairs, len(every)), every)[1]  # pairs look at each other
+        # pairs look at each other, or slices do
+        answer = self.decode(features, proposal, spread(user, pairs, len(every)), every)[1]
         return Answer(answer.masks[pairs], answer.iou[pairs], answer.obj[pairs])
 
     def _every_pair(self, features: Features) -> Tensor:

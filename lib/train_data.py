@@ -94,6 +94,10 @@ class Batches:
         size = self._bytes() * count * self.views >> 20
         return f"{count} slices in {self.views} views{fewer}: {size} of {self.recipe.memory_mb} MB for kept features."
 
+    def left_bytes(self) -> int:
+        """Of the memory for kept features, what those of training do not take; validation may have it."""
+        return (self.recipe.memory_mb << 20) - self._bytes() * len(self.slices) * self.views
+
     def prepare(self) -> None:
         """Computes the features that are kept, once."""
         if self._kept:

@@ -93,7 +93,8 @@ class _Session:
         self.amp = self.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp)
         features = encoded(run.model)
-        self.features: FeaturesOf = features if run.model.changes_encoder else kept(features)
+        limit = run.batches.left_bytes()
+        self.features: FeaturesOf = features if run.model.changes_encoder else kept(features, limit)
         self.best: dict[str, Any] = {}
         self._build()
 

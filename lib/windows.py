@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from lib.contracts import Features
+from lib.decoder import MAX_PAIRS
 from lib.learned import Answer, Learned
 
-BATCH = 8  # slices at once
+BATCH = 8  # slices at once, fewer where they have many classes
 LEAST = 1e-6  # probability, bounds the log-odds
 
 
@@ -41,7 +42,8 @@ def answers(model: Learned, count: int, features_of: Callable[[range], Features]
         count: slices of the volume.
         features_of: of consecutive slices, their depth set for a model that sees neighbours.
     """
-    groups = [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
+    batch = max(1, min(BATCH, MAX_PAIRS // model.classes))
+    groups = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
     if model.slices == 1:
         yield from ((group, model.autonomous(features_of(group))) for group in groups)
         return

@@ -143,6 +143,21 @@ def read_nrrd(path: Path) -> StoredImage:
     return StoredImage(array, affine, {"format": "nrrd", "nrrd": _nrrd_geometry(path)})
 
 
+def detached_file(path: Path) -> Optional[Path]:
+    """The file beside an NRRD header that holds its voxels, or None where the header holds them or names none there."""
+    for line in _header_lines(path):
+        name, _, value = line.partition(":")
+        if name.lower() in ("data file", "datafile") and len(Path(value.strip()).parts) == 1:
+            beside = path.with_name(value.strip())
+            return beside if beside.is_file() else None
+    return None
+
+
+def _header_lines(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        yield from iter(lambda: file.readline(1 << 20).decode("ascii", "ignore").rstrip(), "")
+
+
 def _check_detached(header: dict[str, Any]) -> None:
     """An image from outside must not make the server read a file elsewhere."""
     name = header.get("data file", header.get("datafile"))
@@ -171,11 +186,10 @@ def _nrrd_affine(header: dict[str, Any]) -> np.ndarray:
 def _nrrd_geometry(path: Path) -> dict[str, str]:
     """The geometry fields as text, so that a mask carries the very same characters; a fourth axis is dropped."""
     fields: dict[str, str] = {}
-    with path.open("rb") as file:
-        for line in iter(lambda: file.readline().decode("ascii", "ignore").rstrip(), ""):
-            name, _, value = line.partition(":")
-            if name in NRRD_GEOMETRY and not value.startswith("="):
-                fields[name] = value.strip()
+    for line in _header_lines(path):
+        name, _, value = line.partition(":")
+        if name in NRRD_GEOMETRY and not value.startswith("="):
+            fields[name] = value.strip()
     for name, entry in NRRD_GEOMETRY.items():
         if entry and name in fields:
             fields[name] = " ".join(re.findall(entry, fields[name])[:3])

@@ -15,7 +15,7 @@ from typing import Optional, Union
 import numpy as np
 
 from lib.data.dicom import has_dicom, read_series
-from lib.data.readers import StoredImage, nifti_shape, read_nifti, read_nrrd, read_picture, suffix_of
+from lib.data.readers import StoredImage, detached_file, nifti_shape, read_nifti, read_nrrd, read_picture, suffix_of
 from lib.data.window import WindowRequest, choose_window
 from lib.errors import VolumeError
 from lib.types import Volume
@@ -82,6 +82,23 @@ def series_folder(path: Union[str, Path]) -> Optional[Path]:
     name = path.name[: -len(COPY_SUFFIX)]
     folder = path.with_name(name) if name and suffix_of(path) == COPY_SUFFIX else None
     return folder if folder is not None and has_dicom(folder) else None
+
+
+def image_files(path: Path) -> list[Path]:
+    """Every file that decides what an image is: of a series all of them, of a header without data the file beside it.
+
+    Args:
+        path: as :func:`load_volume` takes it.
+
+    Raises:
+        OSError: if it is not there.
+    """
+    folder = path if path.is_dir() else series_folder(path)
+    series = [] if folder is None else sorted(p for p in folder.rglob("*") if p.is_file())
+    if path.is_dir():
+        return series
+    beside = detached_file(path) if READERS.get(suffix_of(path)) is read_nrrd else None
+    return [path, *series, *([] if beside is None else [beside])]
 
 
 def content_hash(array: np.ndarray) -> str:

@@ -119,7 +119,7 @@ def _requested(requested: Union[str, tuple[float, float]]) -> tuple[float, float
         raise PromptError(
             f"Expected a window of two numbers (lo, hi); received {requested!r}. Send both limits."
         ) from None
-    if not (isfinite(lo) and isfinite(hi) and lo < hi):
+    if not 0 < np.float32(hi - lo) < np.inf:  # as it is divided by
         raise PromptError(f"Expected finite window limits with lo < hi; received ({lo}, {hi}). Swap or widen them.")
     return lo, hi
 

@@ -126,6 +126,24 @@ def test_plain_sam_decodes_only_the_label_that_was_clicked(plain: AssistedEngine
     assert first.mask[16, 18, 3] == 2 or first.mask[4, 18, 3] == 1
 
 
+def test_plain_sam_is_asked_again_where_the_spacing_is_another(plain: AssistedEngine, path: Path) -> None:
+    volume = plain.engine.open(path)
+    turned = replace(volume, spacing_mm=tuple(reversed(volume.spacing_mm)))
+    first, second = (plain.segment(one, {"a": click((16, 18, 3))}) for one in (volume, turned))
+    assert (first.axis, second.axis) == (2, 0)
+
+
+def test_plain_sam_keeps_the_same_mask_without_its_empty_part(plain: AssistedEngine, path: Path) -> None:
+    volume = plain.engine.open(path)
+    asked = {"a": UserPrompts(boxes=(Box((10, 12, 2), (20, 24, 4)),))}
+    first, second = plain.segment(volume, asked, ALONE), plain.segment(volume, asked, ALONE)
+    assert second.cache == {"plain_hits": 1} and first.mask.any()
+    np.testing.assert_array_equal(first.mask, second.mask)
+    (cut,) = plain._plain._kept._values.values()
+    np.testing.assert_array_equal(cut.whole().mask > 0, first.mask > 0)
+    assert cut.answer.mask.shape[2] < volume.shape[2]
+
+
 @pytest.mark.parametrize(
     "prompts",
     [
@@ -311,7 +329,7 @@ def test_click_on_another_labels_voxel_takes_it_from_that_label(live: AssistedEn
     excluded = live.segment(volume, {"big": click(stolen, positive=False)}, ALONE)
     assert found.presence["big"] == excluded.presence["big"]  # as if the user had excluded it there
     negative = live.segment(volume, {"small one": click(stolen, positive=False)}, ALONE)
-    assert negative.edited == {"small one": (k,)}
+    assert negative.edited == {}  # it is not there, so nothing changes
 
 
 @pytest.mark.parametrize(
@@ -320,7 +338,6 @@ def test_click_on_another_labels_voxel_takes_it_from_that_label(live: AssistedEn
         (UserPrompts(boxes=(Box((5, 5, 2), (25, 25, 3)),)), (2,)),
         (UserPrompts(boxes=(Box((5, 5, 1), (25, 25, 4)),)), (1, 2, 3)),
         (UserPrompts(strokes=(Stroke(np.array([[5, 5, 2], [6, 5, 2], [6, 6, 4]])),)), (2, 4)),
-        (UserPrompts(strokes=(Stroke(np.array([[5, 5, 2], [6, 5, 2]]), positive=False),)), (2,)),
         (UserPrompts((Click((9, 9, 3)), Click((3, 3, 3), False)), (Box((5, 5, 3), (25, 25, 4)),)), (3,)),
     ],
 )
@@ -330,6 +347,13 @@ def test_boxes_and_strokes_edit_the_slices_they_touch(live: AssistedEngine, volu
     assert found.edited == {"big": slices}
     assert all(found.presence["big"][i] != automatic.presence["big"][i] for i in slices)
     assert changed(found.mask, automatic.mask) <= set(slices)
+
+
+def test_negative_stroke_edits_its_slice_where_the_label_is(live: AssistedEngine, volume: Volume, asked) -> None:
+    there = asked["big"].clicks[0].ijk
+    for voxel, edited in ((there, {"big": (there[2],)}), ((31, 1, 2), {})):
+        stroke = Stroke(np.array([voxel]), positive=False)
+        assert live.segment(volume, {"big": UserPrompts(strokes=(stroke,))}, ALONE).edited == edited
 
 
 @pytest.mark.parametrize("positive", [True, False])
@@ -423,6 +447,25 @@ def test_carried_correction_stops_at_slices_with_prompts_of_their_own(
     assert sorted(asked) == [0, 1, 2, 2, 3, 3, 4, 5]  # between two seeds both arrive, at seeds none
 
 
+@pytest.mark.parametrize("places", [((16, 7, 0), (16, 27, 5)), ((16, 27, 5), (16, 7, 0))])
+def test_walks_that_meet_keep_both_corrections(live: AssistedEngine, volume: Volume, monkeypatch, places) -> None:
+    """The left blob is removed on the first slice and the right one on the last: in between neither is left."""
+    prompts = {"big": click(*places, positive=False)}
+    blobs = ("left", "right")
+    _, found = _walk(live, volume, monkeypatch, blobs, {0: "left", 5: "right"}, "", -5.0, prompts=prompts)
+    assert not found.mask[:, :, 1:5].any()
+    assert found.mask[:, 18:, 0].any() and found.mask[:, :18, 5].any()
+
+
+def test_background_click_asks_only_about_labels_that_are_there(
+    live: AssistedEngine, volume: Volume, monkeypatch
+) -> None:
+    asked: list[int] = []
+    prompts = {name: click((16, 27, 3), positive=False) for name in LABELS}
+    _walk(live, volume, monkeypatch, ("left", "right"), "right", "", -5.0, prompts=prompts, asked=asked)
+    assert asked.count(3) == 1
+
+
 def test_correction_ends_where_the_click_does_not_reach(live: AssistedEngine, volume: Volume, monkeypatch) -> None:
     """A blob goes through all slices, which lie 5 mm apart; its rim is 3 to 5 mm from the click."""
     asked: list[int] = []
@@ -433,11 +476,11 @@ def test_correction_ends_where_the_click_does_not_reach(live: AssistedEngine, vo
 
 
 def _walk(
-    live: AssistedEngine, volume: Volume, monkeypatch, blobs: tuple[str, ...], corrected: str, carried: str,
+    live: AssistedEngine, volume: Volume, monkeypatch, blobs: tuple[str, ...], corrected: Any, carried: str,
     carried_obj: float, prompts=None, asked=None, far: float = 1000.0,
 ) -> tuple[LabelPrediction, LabelPrediction]:  # fmt: skip
-    """``corrected`` is what the click takes away (or draws, without blobs), ``carried`` what a neighbour shows; how far
-    a click reaches plays no part."""
+    """``corrected`` is what the click takes away (or draws, without blobs), by slice where it differs; ``carried`` what
+    a neighbour shows; how far a click reaches plays no part."""
     columns = {"left": slice(2, 6), "right": slice(10, 14)}  # of the 16 x 16 grid; the volume's rows are i or j
 
     def logits(names: str) -> torch.Tensor:
@@ -462,7 +505,8 @@ def _walk(
         if asked is not None:
             asked.append(index)
         if user.points_xy is not None:
-            left = " ".join(b for b in blobs if b != corrected) if blobs else corrected
+            mine = corrected if isinstance(corrected, str) else corrected[index]
+            left = " ".join(b for b in blobs if b != mine) if blobs else mine
             return Answer(logits(left)[None], torch.tensor([0.9]), torch.tensor([5.0]))
         return Answer(logits(carried)[None], torch.tensor([0.9]), torch.tensor([carried_obj]))
 

@@ -73,6 +73,22 @@ def test_lru_limit_drops_least_recently_used() -> None:
     assert cache.size == 25
 
 
+def test_lru_value_above_limit_leaves_the_others_alone() -> None:
+    cache: Lru[int] = Lru(5, lambda v: v)
+    cache.get_or_make("a", lambda: 3)
+    cache.get_or_make("large", lambda: 6)
+    assert "a" in cache and "large" not in cache and cache.size == 3
+
+
+def test_lru_keeps_the_newest_whatever_its_size_where_asked_to() -> None:
+    cache: Lru[int] = Lru(5, lambda v: v, least=1)
+    cache.get_or_make("a", lambda: 3)
+    cache.get_or_make("large", lambda: 6)
+    assert "a" not in cache and cache.get_or_make("large", lambda: 0) == (6, True)
+    cache.get_or_make("b", lambda: 1)
+    assert "b" in cache and "large" not in cache and cache.size == 1
+
+
 def test_lru_value_above_limit_is_answered_but_not_kept() -> None:
     cache: Lru[int] = Lru(5, lambda v: v)
     assert cache.get_or_make("big", lambda: 9) == (9, False)

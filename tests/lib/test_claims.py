@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
 
-from lib.claims import BALL, FAR, MOST_MM, Claim, claims, radius_mm, reached, settled, thickness_mm
+from lib.claims import BALL, FAR, MOST_MM, Claim, Said, claims, radius_mm, reached, settled, thickness_mm
 from lib.data.geometry import to_slice_rc
 from lib.prompts.user import SlicePrompts
+from lib.types import Stroke
 
 SPACING = (1.0, 1.0, 2.0)
 
@@ -136,6 +139,46 @@ def test_part_of_its_own_has_no_bound() -> None:
     found = settled(np.full_like(mask, 1), mask, said, SPACING)
     assert (found == 1).all()
     assert reached(said, 8, 2, SPACING) == set(range(8))
+
+
+def test_ball_of_a_point_too_far_to_measure_is_no_larger_than_of_a_measured_one() -> None:
+    mask = np.zeros((200, 120, 3), np.uint8)
+    mask[:110] = 1  # 55 mm to the rim
+    far, near = (claims({0: at((i, 60, True), index=1)}, mask, 2, (1.0, 1.0, 1.0))[0] for i in (160, 141))
+    assert math.isinf(far.radius_mm) and near.radius_mm == MOST_MM
+    assert far.ball_mm == near.ball_mm == BALL * MOST_MM
+
+
+def test_points_of_a_stroke_over_many_slices_settle_at_once() -> None:
+    """Every voxel is asked about once, not once per point: 40 s became less than one."""
+    mask = np.zeros((200, 200, 60), np.uint8, order="F")
+    mask[20:90, 20:90, 5:55] = 1
+    corrections = {0: {10 + n: SlicePrompts([(150 + 4 * m, 130 + n, True) for m in range(8)]) for n in range(40)}}
+    said = claims(corrections, mask, 2, (0.7, 0.7, 2.0))
+    started = time.perf_counter()
+    found = settled(mask, mask, said, (0.7, 0.7, 2.0))
+    assert time.perf_counter() - started < 10
+    assert (found != mask).sum() > 100_000
+
+
+def test_radius_in_a_finely_resolved_volume_takes_little_memory() -> None:
+    mask = np.zeros((400, 400, 200), np.uint8, order="F")
+    mask[:100] = 1
+    tracemalloc.start()
+    assert radius_mm(mask, (399, 200, 100), (0.1, 0.1, 0.1)) == pytest.approx(30.0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 << 20
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("there", "shown", "expected"), [(1, 2, 0), (2, 2, 0), (3, 2, 3), (1, 1, 0), (3, 3, 3)])
+def test_voxels_painted_as_no_part_of_labels_are_none_of_them(order, there: int, shown: int, expected: int) -> None:
+    mask, found = np.full((2, 2, 1), there, np.uint8), np.full((2, 2, 1), shown, np.uint8)
+    painted = Stroke(np.array([[1, 1, 0]]), positive=False)
+    said = Said([], [(number, painted) for number in order], False, 2, SPACING)
+    settled_there = said.settled(found, mask, walks=True)
+    assert settled_there[1, 1, 0] == expected and settled_there[0, 0, 0] == shown
 
 
 def test_clicked_voxel_is_always_what_was_said(mask: np.ndarray) -> None:

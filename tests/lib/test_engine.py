@@ -149,6 +149,18 @@ def test_open_reads_again_only_when_the_file_changed(engine: Engine, image: Path
     assert engine.open(image) is not first
 
 
+def test_open_reads_again_when_a_file_that_belongs_to_the_image_changed(engine: Engine, tmp_path: Path) -> None:
+    voxels = np.arange(60, dtype=np.uint8)
+    voxels.tofile(tmp_path / "x.raw")
+    head = "NRRD0004\ntype: uint8\ndimension: 3\nsizes: 3 4 5\nencoding: raw\ndata file: x.raw\n"
+    (tmp_path / "x.nhdr").write_text(head)
+    first = engine.open(tmp_path / "x.nhdr")
+    assert engine.open(tmp_path / "x.nhdr") is first
+    np.flip(voxels).tofile(tmp_path / "x.raw")
+    os.utime(tmp_path / "x.raw", (1, 1))
+    assert engine.open(tmp_path / "x.nhdr").content_hash != first.content_hash
+
+
 def test_open_missing_file_says_so(engine: Engine, tmp_path: Path) -> None:
     with pytest.raises(VolumeError, match="cannot be found"):
         engine.open(tmp_path / "nothing.nii.gz")

@@ -108,7 +108,7 @@ def test_kept_encodes_once_and_keeps_the_encoding_and_device_of_positions(
 ) -> None:
     asked: list[int] = []
     fresh = encoded(model)
-    remembered = kept(lambda slices: asked.append(len(slices)) or fresh(slices))  # type: ignore[func-returns-value]
+    remembered = kept(lambda slices: asked.append(len(slices)) or fresh(slices), 1 << 30)  # type: ignore[func-returns-value]
     group = [Slice(found[0], 2, i) for i in range(4)]
     with torch.inference_mode():
         first, again, direct = remembered(group), remembered(group), fresh(group)
@@ -119,10 +119,24 @@ def test_kept_encodes_once_and_keeps_the_encoding_and_device_of_positions(
     assert torch.equal(again.pe, direct.pe)
 
 
+def test_kept_beyond_its_limit_encodes_anew(model: Learned, found: list[TrainingCase]) -> None:
+    asked: list[int] = []
+    fresh = encoded(model)
+    first, second = ([Slice(found[n], 2, i) for i in range(4)] for n in (0, 1))
+    with torch.inference_mode():
+        size = fresh(first).to("cpu", torch.float16).nbytes()
+        remembered = kept(lambda slices: asked.append(slices[0].case.case) or fresh(slices), size)  # type: ignore[func-returns-value]
+        found_first, found_second = remembered(first), remembered(second)
+        assert torch.equal(remembered(first).embed, found_first.embed)
+        assert torch.equal(remembered(second).embed, found_second.embed)
+    names = [found[n].case for n in (0, 1)]
+    assert asked == [*names, names[1]]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
 def test_kept_features_come_back_to_the_gpu(tmp_path: Path, found: list[TrainingCase]) -> None:
     model = learned(Engine(settings(tmp_path, device="cuda")), "frozen").to("cuda").eval()
-    remembered = kept(encoded(model))
+    remembered = kept(encoded(model), 1 << 30)
     first = evaluate(model, found, LABELS, remembered)
     assert evaluate(model, found, LABELS, remembered) == first

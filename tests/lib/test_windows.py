@@ -83,6 +83,12 @@ def scripted(probability: dict[int, list[float]]) -> SimpleNamespace:
     return SimpleNamespace(slices=2, classes=1, spec=SimpleNamespace(mask_size=1), autonomous=autonomous)
 
 
+@pytest.mark.parametrize(("classes", "lengths"), [(1, [8, 2]), (8, [8, 2]), (20, [3, 3, 3, 1]), (100, [1] * 10)])
+def test_groups_have_fewer_slices_where_there_are_many_classes(classes: int, lengths: list[int]) -> None:
+    model = SimpleNamespace(slices=1, classes=classes, autonomous=lambda group: group)
+    assert [len(group) for group, _ in answers(model, 10, lambda group: group)] == lengths
+
+
 def test_blending_averages_probabilities() -> None:
     model = scripted({0: [0.2, 0.4], 1: [0.8, 0.9]})
     ((group, answer),) = answers(model, 3, lambda window: window.start)

@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lib.data.volume import content_hash, load_volume, series_folder
+from lib.data.volume import content_hash, image_files, load_volume, series_folder
 from lib.errors import VolumeError
 from lib.types import WindowSource
 from tests.dicom_files import NORMAL, STEP, STORED, cine, save, series
@@ -84,6 +84,20 @@ def test_copy_of_a_colour_series_may_be_in_colour(tmp_path):
     rgb = np.ascontiguousarray(frames.transpose(2, 1, 0, 3)).view([(c, "u1") for c in "RGB"])[..., 0]
     nib.save(nib.Nifti1Image(rgb, np.eye(4)), tmp_path / "us.nii.gz")
     assert np.array_equal(load_volume(tmp_path / "us.nii.gz").array, frames.transpose(2, 1, 0, 3))
+
+
+def test_files_of_an_image_are_all_that_decide_it(tmp_path):
+    (tmp_path / "x.nhdr").write_bytes(b"NRRD0004\ndata file: ../x.raw\nDATA FILE: x.raw\n\n")
+    assert image_files(tmp_path / "x.nhdr") == [tmp_path / "x.nhdr"]  # the data file is not there
+    (tmp_path / "x.raw").write_bytes(b"0")
+    assert image_files(tmp_path / "x.nhdr") == [tmp_path / "x.nhdr", tmp_path / "x.raw"]
+    copy, series = tmp_path / "1.2.3.nii.gz", tmp_path / "1.2.3"
+    copy.write_bytes(b"0")
+    assert image_files(copy) == [copy]
+    series.mkdir()
+    (series / "a.dcm").write_bytes(b"\0" * 128 + b"DICM")
+    assert image_files(copy) == [copy, series / "a.dcm"]
+    assert image_files(series) == [series / "a.dcm"]
 
 
 def test_broken_copy_is_told_although_its_series_is_there(tmp_path):

@@ -50,6 +50,8 @@ def test_choose_window_takes_the_first_source_that_is_there(options, lo, hi, sou
         ((20, 10), r"lo < hi; received \(20.0, 10.0\)"),
         ((5, 5), "lo < hi"),
         ((0, float("inf")), "finite"),
+        ((0, 1e-50), "lo < hi"),
+        ((-3e38, 3e38), "finite"),
         ((1, 2, 3), "two numbers"),
         ((None, 2), "two numbers"),
         (7, "two numbers"),

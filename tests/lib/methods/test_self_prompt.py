@@ -13,7 +13,7 @@ from lib import plugins
 from lib.config import backbone_row
 from lib.contracts import BackboneSpec, Features, PromptSet, Proposal
 from lib.errors import ConfigError
-from lib.learned import Learned
+from lib.learned import Learned, spread
 from lib.methods.self_prompt import (
     ABSENT,
     ClassAdapter,
@@ -162,6 +162,19 @@ def bright(model: Learned, logits: torch.Tensor, features: Features) -> Proposal
 @pytest.fixture
 def model(learn) -> Learned:
     return learn("self_prompt", "sam_vit_b", {"slices": 4}, "adapters")
+
+
+@pytest.mark.parametrize("depth", ["fc", "conv1d"])
+def test_slices_see_each_other_also_where_only_some_pairs_are_asked_without_learned_prompts(learn, depth: str) -> None:
+    model = learn("self_prompt", "sam_vit_b", {"slices": 4, "depth": depth}, "adapters")
+    features, pairs = encoded(model, images=4, depth=4), torch.tensor([1, 5])
+    point = torch.full((2, 1, 2), 20.0)
+    user = PromptSet(points_xy=point, labels=torch.ones(2, 1, dtype=torch.long))
+    with torch.no_grad():
+        asked = model.corrected(features, None, user, pairs)
+        every = torch.arange(4).repeat_interleave(model.classes)
+        together = model.decode(features, None, spread(user, pairs, len(every)), every)[1]
+    assert torch.equal(asked.masks, together.masks[pairs])
 
 
 def encoded(model: Learned, images: int = 1, depth: int = 1) -> Features:
