@@ -113,6 +113,10 @@ class Answers:
             self._missed.discard(whose)
 
     def _own_folder(self) -> Path:
+        if self._folder is not None and not self._folder.is_dir():  # somebody tidied the system's temporary folder
+            self._missed |= self._kept.keys()
+            self._kept.clear()
+            self._folder = None
         if self._folder is None:
             _remove_abandoned()
             self._folder, lock = _locked_folder()

@@ -100,7 +100,11 @@ class Records:
             self._answers.miss(_whose(request))
             return
         slices = reply.get("prompted") if dimension == 2 else None
-        self._answers.add(_whose(request), Path(file), names, Provenance.from_json(reply["provenance"]), slices)
+        try:
+            self._answers.add(_whose(request), Path(file), names, Provenance.from_json(reply["provenance"]), slices)
+        except OSError as error:  # such as a full disk: the answer itself is there
+            logger.warning("An answer cannot be kept for comparison: %s", error.strerror)
+            self._answers.miss(_whose(request))
 
     def _written(self, store: Datastore, request: Mapping[str, Any], reply: dict[str, Any]) -> None:
         """Puts the record of a label that MONAI Label's ``save_label`` made where it is for all others."""

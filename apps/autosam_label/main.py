@@ -186,9 +186,10 @@ class AutoSamLabel(MONAILabelApp):
         """
         self.schedule.used()
         tag = request.get("label_tag", "original")
-        if not isinstance(tag, str) or not re.fullmatch(r"\w[\w-]*", tag):
+        if not isinstance(tag, str) or not re.fullmatch(r"\w[\w-]{0,63}", tag):
             raise MONAILabelException(
-                MONAILabelError.INVALID_INPUT, "label_tag: expected letters, digits and dashes, such as original."
+                MONAILabelError.INVALID_INPUT,
+                "label_tag: expected up to 64 letters, digits and dashes, such as original.",
             )
         store = datastore or self.datastore()
         if request.get("save_label") and tag == FINAL:
@@ -209,8 +210,8 @@ class AutoSamLabel(MONAILabelApp):
         self._desk.opened(request)
         with giving_way(self.engine, request):
             result = super().infer({**request, "image": image}, datastore)
-        self._records.answered(store, request, result, getattr(self._infers[request["model"]], "dimension", 3))
         try:
+            self._records.answered(store, request, result, getattr(self._infers[request["model"]], "dimension", 3))
             if keep_as:
                 self._keep(request, keep_as, result, store)
         except BaseException:  # upstream removes the file only after it has sent it
@@ -249,6 +250,8 @@ class AutoSamLabel(MONAILabelApp):
 
     def _known_image(self, image: Any, datastore: Datastore) -> str:
         """The image as upstream may look it up. It opens any path of the server that it is given, so this must not."""
+        if isinstance(image, str) and "\0" in image:  # no file has such a name, and asking about one is an error
+            image = None
         if isinstance(image, str) and os.path.basename(image) == image not in ("", ".", ".."):
             path = self._path_in(datastore, image)
             if path:  # upstream takes an id for a path where the working directory has a file of that name

@@ -2,7 +2,8 @@
 
 Upstream runs an inference inside its event loop, so that one click stalls everybody. Here ``POST /infer/{model}`` is a
 plain function, which FastAPI runs in its thread pool, in front of upstream's route and with the same signature,
-authentication and meaning; DICOM SEG comes from our own writer. ``POST /train/`` starts one training and not all;
+authentication and meaning, and so is what a PACS may keep waiting: the next sample, and reading from the datastore.
+DICOM SEG comes from our own writer. ``POST /train/`` starts one training and not all;
 ``/schedule`` shows, pauses and resumes the training schedule; ``/versions`` and ``/quality`` hand out reports; a label
 that is saved gets the record of how it came about, which no client writes. Errors become JSON with a ``detail`` that
 both clients show, in place of a bare 500.
@@ -12,15 +13,21 @@ only less well.
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import inspect
 import json
 import re
+from collections.abc import Callable, Coroutine
 from typing import Any, Literal, Optional
 
 from fastapi import Depends, File, Form, HTTPException, Request, UploadFile
 from fastapi.background import BackgroundTasks
 from fastapi.responses import FileResponse, JSONResponse
+from fastapi.routing import APIRoute
 from monailabel.app import app
 from monailabel.config import settings
+from monailabel.endpoints import activelearning, datastore
 from monailabel.endpoints.datastore import save_label, update_label_info
 from monailabel.endpoints.infer import ResultType, run_inference
 from monailabel.endpoints.train import run_model
@@ -78,7 +85,7 @@ def _with_extension(params: str, extension: str) -> str:
     """The parameters with another file format; what is no JSON object stays, and is refused later."""
     try:
         values = json.loads(params or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return params
     return json.dumps({**values, "result_extension": extension}) if isinstance(values, dict) else params
 
@@ -95,7 +102,7 @@ def _check_params(params: str, output: Optional[ResultType]) -> None:
 def _object(params: str) -> dict[str, Any]:
     try:
         values = json.loads(params or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         raise HTTPException(400, "params: expected a JSON object, received text that is not JSON.") from None
     if not isinstance(values, dict):
         raise HTTPException(400, f"params: expected a JSON object, received a {type(values).__name__}.")
@@ -122,13 +129,28 @@ def answer_error(_: Request, error: MONAILabelException) -> JSONResponse:
     return JSONResponse({"detail": error.msg, "error": error.error.value}, status_code=status)
 
 
+@app.exception_handler(OSError)
+def answer_system_error(_: Request, error: OSError) -> JSONResponse:
+    """A full disk, a missing right, a host that cannot be reached; never with the name of a file, which may be a
+    patient's."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    told = (
+        f"The server could not read or write what it needed: {error.strerror or type(error).__name__}. See to the space"
+        " on its disks, to the rights of its folders and to the PACS; nothing was changed."
+    )
+    return JSONResponse({"detail": told, "error": MONAILabelError.SERVER_ERROR.value}, status_code=507 if full else 500)
+
+
 @app.post("/train/", include_in_schema=False)
 def train(params: Optional[dict] = None, user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))) -> Any:
     """OHIF's *Update Model*: upstream queues every trainer, here the first one, whose progress OHIF shows, starts."""
     trainers = list(app_instance().info()["trainers"])
     if not trainers:
         raise HTTPException(404, "No model of this server can be trained.")
-    return {trainers[0]: {"result": run_model(trainers[0], (params or {}).get(trainers[0])), "detail": None}}
+    options = (params or {}).get(trainers[0]) or {}
+    if not isinstance(options, dict):
+        raise HTTPException(400, f"{trainers[0]}: expected an object of options, received a {type(options).__name__}.")
+    return {trainers[0]: {"result": run_model(trainers[0], options), "detail": None}}
 
 
 @app.get("/schedule", tags=["Schedule"], summary="What is due, what it waits for, and the last decisions")
@@ -181,8 +203,8 @@ def save(
     user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR)),
 ) -> Any:
     """Upstream's way to save a label in a thread, with the record of how it came about, which no client may bring."""
-    if not re.fullmatch(r"\w[\w-]*", tag):
-        raise HTTPException(400, "tag: expected letters, digits and dashes, such as final.")
+    if not re.fullmatch(r"\w[\w-]{0,63}", tag):
+        raise HTTPException(400, "tag: expected up to 64 letters, digits and dashes, such as final.")
     values = _without(params, *OURS)
     describe = getattr(app_instance(), "describe", None)
     if describe is not None:
@@ -224,6 +246,23 @@ def quality(
         raise HTTPException(404, f"Nothing was looked at yet: POST /scoring/{name} first, and wait until it is done.")
     return FileResponse(folder / f"{name}.{output}", headers=PAGE_HEADERS)
 
+
+def _in_a_thread(endpoint: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
+    """An endpoint of upstream's, none of which ever waits for anything, as a plain function."""
+
+    def answer(**given: Any) -> Any:
+        return asyncio.run(endpoint(**given))
+
+    answer.__signature__ = inspect.signature(endpoint)  # type: ignore[attr-defined]
+    return answer
+
+
+# with a PACS these download and convert a whole series, or wait for somebody else's download of it
+for _route in [*activelearning.router.routes, *datastore.router.routes]:
+    if isinstance(_route, APIRoute) and (_route in activelearning.router.routes or _route.methods <= {"GET", "HEAD"}):
+        app.add_api_route(
+            _route.path, _in_a_thread(_route.endpoint), methods=list(_route.methods), include_in_schema=False
+        )
 
 # the first match wins
 app.router.routes[:] = [*app.router.routes[_upstream:], *app.router.routes[:_upstream]]

@@ -8,11 +8,12 @@ Messages name a case by its place in the list and never by its identifier. Left 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import numpy as np
 
@@ -94,14 +95,24 @@ def named_values(info: Mapping[str, Any]) -> dict[int, str]:
     """Voxel value to name, out of what was saved with a label: ``label_info``, Slicer's with ``idx``, others' with
     ``id``; else ``label_names`` of our own replies."""
     found: dict[int, str] = {}
-    for entry in info.get("label_info") or []:
-        value = entry.get("idx", entry.get("id")) if isinstance(entry, Mapping) else None
-        if isinstance(value, int) and isinstance(entry.get("name"), str):
+    declared = info.get("label_info")
+    for entry in declared if isinstance(declared, Sequence) and not isinstance(declared, str) else ():
+        value = _whole(entry.get("idx", entry.get("id"))) if isinstance(entry, Mapping) else None
+        if value is not None and isinstance(entry.get("name"), str):
             found[value] = entry["name"]
     names = info.get("label_names")
     if not found and isinstance(names, Mapping):
-        found = {value: name for name, value in names.items() if isinstance(value, int)}
+        found = {value: name for name, number in names.items() if (value := _whole(number)) is not None}
     return {value: name for value, name in found.items() if 0 < value <= MAX_VALUE}
+
+
+def _whole(value: Any) -> Optional[int]:
+    """A whole number, also one that a client wrote as text or with a point."""
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return int(number) if number.is_integer() else None
 
 
 def names_of(info: Mapping[str, Any]) -> dict[int, str]:

@@ -94,7 +94,7 @@ def test_client_writes_about_a_label_what_it_likes_but_no_record(client, app, tm
     assert saved(client, app, tmp_path, client_id="bob")["user"] == "bob"
 
 
-@pytest.mark.parametrize("text", ["[", "[]", "5"])
+@pytest.mark.parametrize("text", ["[", "[]", "5", "[" * 100_000])
 def test_what_is_no_object_is_told(client, app, tmp_path, text) -> None:
     saved(client, app, tmp_path)
     answer = client.put("/datastore/label/info?label=case&tag=final", data={"info": text})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import threading
@@ -527,6 +528,29 @@ def test_answers_forget_the_oldest_images_and_their_files(scratch, tmp_path: Pat
     del answers
     gc.collect()
     assert list(scratch.iterdir()) == []
+
+
+def test_answers_go_on_in_a_new_folder_where_theirs_was_removed(scratch, tmp_path: Path) -> None:
+    answers, file = Answers(), tmp_path / "a.nrrd"
+    file.write_bytes(b"x")
+    a, b = ("a", "anna"), ("b", "anna")
+    answers.add(a, file, {1: "big"}, Provenance.answered(prompts=0), None)
+    for folder in [path for path in scratch.iterdir() if path.is_dir()]:
+        shutil.rmtree(folder)
+    answers.add(b, file, {1: "big"}, Provenance.answered(prompts=0), None)
+    assert answers.of(a) == {} and not answers.is_complete(a)
+    (kept,) = answers.of(b).values()
+    assert kept.file.read_bytes() == b"x" and answers.is_complete(b)
+
+
+def test_answer_that_cannot_be_kept_is_missed_and_nothing_else(answer, records, monkeypatch, caplog) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "/tmp/Doe^Jane.nrrd")
+
+    monkeypatch.setattr("infers.answers.os.link", full)
+    monkeypatch.setattr("infers.answers.shutil.copyfile", full)
+    answer(draw(0)[1])
+    assert "No space left" in caplog.text and "Doe" not in caplog.text
 
 
 ABANDONED = """
