@@ -372,7 +372,7 @@ def test_training_child_builds_the_app(child) -> None:
     assert answered.stdout == '{"object": 1}', answered.stderr[-3000:]
 
 
-MALFORMED = {"PatientBirthDate": "1970-01-31", "PatientAge": "54 years", "StudyInstanceUID": "1.2.03.4"}
+MALFORMED = {"PatientBirthDate": "1970-01-31", "StudyInstanceUID": "1.2.03.4"}
 QUOTING = """
 import sys
 from pathlib import Path
