@@ -268,7 +268,7 @@ def test_infer_keeps_no_structure_under_a_name_that_nobody_gave(
 def test_infer_without_a_name_answers_where_it_is_not_kept_or_there_is_one_label(load) -> None:
     assert load(labels="liver, spleen").infer(click())["params"]["label_names"] == {"liver": 1}
     clear_cache()
-    app = load(labels="liver, background")
+    app = load(labels="background, liver")
     app.infer(kept())
     assert app.datastore().get_label_info("case", "final")["label_info"] == [{"name": "liver", "idx": 1}]
 
