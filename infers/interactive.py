@@ -42,8 +42,8 @@ class SamTask(EngineTask):
         """
         if len(self._offered) > 1 and is_kept(request) and not is_named(request):
             raise PromptError(
-                f"save: expected label, the name of the structure to keep, received none; {self._offered} are offered. Send"
-                " label, use sam2rad_edit, which knows the chosen row, or start the server with one label."
+                f"save: expected label, the name of the structure to keep, received none; {self._offered} are offered."
+                " Send label, use sam2rad_edit, which knows the chosen row, or start the server with one label."
             )
         return (read_reply(request, self._offered[0]).label,)
 

@@ -144,7 +144,12 @@ def test_address_of_another_machine_or_of_none_is_told(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("host", "url"),
-    [("0.0.0.0", "http://127.0.0.1:8000"), ("::", "http://[::1]:8000"), ("::1", "http://[::1]:8000"), ("box", "http://box:8000")],
+    [
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+        ("::1", "http://[::1]:8000"),
+        ("box", "http://box:8000"),
+    ],
 )
 def test_url_is_one_that_a_browser_takes(host: str, url: str) -> None:
     assert start._url(host, 8000) == url

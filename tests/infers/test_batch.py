@@ -157,7 +157,8 @@ def test_batch_of_at_most_so_many_images(fake: FakeServer, store: LocalDatastore
 
 
 @pytest.mark.parametrize(
-    ("redo", "asked"), [("false", False), ("no", False), (0, False), ("", False), (None, False), ("True", True), (1, True)]
+    ("redo", "asked"),
+    [("false", False), ("no", False), (0, False), ("", False), (None, False), ("True", True), (1, True)],
 )
 def test_batch_redo_is_read_as_a_switch(fake: FakeServer, store: LocalDatastore, redo: Any, asked: bool) -> None:
     keep(store, "c", "original", dict(MADE))

@@ -79,7 +79,9 @@ WHOLE, LONGER, OTHER = CONTENT, CONTENT + b"more", CONTENT[::-1]
         (OTHER, True, True, 2),
     ],
 )
-def test_download_killed_before_the_file_was_moved_succeeds(served, folder, kept, has_digest, tells_size, asked) -> None:
+def test_download_killed_before_the_file_was_moved_succeeds(
+    served, folder, kept, has_digest, tells_size, asked
+) -> None:
     served.tells_size = tells_size
     entry = served.entry("a.pt", CONTENT, sha256=hashlib.sha256(CONTENT).hexdigest() if has_digest else None)
     folder.mkdir()
