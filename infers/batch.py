@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import requests
 from monailabel.config import settings
@@ -26,6 +26,7 @@ from monailabel.interfaces.tasks.batch_infer import BatchInferTask
 
 from infers.dicom_store import DicomStore, stop_watching
 from lib.engine import Engine
+from lib.settings import SWITCH
 
 logger = logging.getLogger(__name__)
 MARK = "batch"
@@ -118,23 +119,22 @@ class BatchTask(BatchInferTask):
         """Labels the images; how many were ``done``, ``skipped`` and ``failed``.
 
         Raises:
-            MONAILabelException: for a model that cannot segment alone, a tag or server that cannot be used, or if every
-                image failed.
+            MONAILabelException: for a model that cannot segment alone, an option or server that cannot be used, or if
+                every image failed.
         """
         if self._in_server():
             raise _refusal("run_sync: expected false, received true, which would hold up everybody else. Leave it out.")
         only_read(datastore)
         tag = _checked_tag(request.get("label_tag", DefaultLabelTag.ORIGINAL.value))
+        most, redo = _most(request.get("max_batch_size")), _redo(request.get("redo"))
         server = Server(f"http://127.0.0.1:{settings.MONAI_LABEL_SERVER_PORT}")
         model = str(request.get("model"))
         version = _live_version(server.tasks(), model)
         images = sorted(self.get_images(request, datastore))
-        redo = bool(request.get("redo", False))
         todo = [n for n, image in enumerate(images) if not _keeps(datastore, image, tag, model, version, redo)]
-        most = int(request.get("max_batch_size") or 0) or len(todo)
         params = {k: v for k, v in request.items() if k not in NOT_PASSED_ON}
         plan = f"{model} {version}, tag {tag}: {len(images)} images, {len(images) - len(todo)} of them kept as they are"
-        logger.info("%s; %d to do now", plan, min(most, len(todo)))
+        logger.info("%s; %d to do now", plan, len(todo[:most]))
         failed = _run(server, model, images, todo[:most], {**params, "label_tag": tag})
         return {"done": len(todo[:most]) - failed, "skipped": len(images) - len(todo), "failed": failed}
 
@@ -175,6 +175,27 @@ def _checked_tag(tag: Any) -> str:
     if not isinstance(tag, str) or tag == DefaultLabelTag.FINAL.value:
         raise _refusal(f"label_tag: expected a tag for unchecked results such as original, received {tag!r}.")
     return tag
+
+
+def _most(value: Any) -> Optional[int]:
+    """Images at most; None for all."""
+    number = value.strip() if isinstance(value, str) else value
+    if number in (None, "", 0) and not isinstance(number, bool):
+        return None
+    if isinstance(number, str) and number.isdecimal():
+        number = int(number)
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise _refusal(f"max_batch_size: expected a whole number, 0 for all images, received {value!r}.")
+    return number or None
+
+
+def _redo(value: Any) -> bool:
+    if value in (None, ""):
+        return False
+    word = str(value).strip().lower()
+    if word not in SWITCH:
+        raise _refusal(f"redo: expected true or false, received {value!r}.")
+    return SWITCH[word]
 
 
 def _keeps(datastore: Datastore, image: str, tag: str, model: str, version: str, redo: bool) -> bool:

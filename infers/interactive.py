@@ -24,13 +24,14 @@ class SamTask(EngineTask):
 
     Args:
         engine: shared by all tasks; owned by the app.
-        labels: names that clients offer; any other is accepted.
+        labels: names that clients offer, ``background`` not alone; any other is accepted.
         dimension: 3 for volumes, 2 for one slice of a volume or a picture.
     """
 
     def __init__(self, engine: Engine, labels: Sequence[str], dimension: int) -> None:
         text = {3: "SAM on a volume: clicks and boxes on any slices", 2: "SAM on one slice or picture"}[dimension]
         super().__init__(InferType.DEEPGROW, engine, labels, dimension, text, option_table(planar=dimension == 2))
+        self._offered = [name for name in labels if name != BACKGROUND]
 
     def structures(self, request: Mapping[str, Any]) -> tuple[str, ...]:
         """The one that the request names, else the first that clients offer.
@@ -39,19 +40,18 @@ class SamTask(EngineTask):
             PromptError: where several are offered, none is named and the answer is to be kept: it would be filed under
                 another organ's name.
         """
-        offered = [name for name in self.labels if name != BACKGROUND]
-        if len(offered) > 1 and is_kept(request) and not is_named(request):
+        if len(self._offered) > 1 and is_kept(request) and not is_named(request):
             raise PromptError(
-                f"save: expected label, the name of the structure to keep, received none; {offered} are offered. Send"
-                " label, use sam2rad_edit, which knows the chosen row, or start the server with one label."
+                f"save: expected label, the name of the structure to keep, received none; {self._offered} are offered."
+                " Send label, use sam2rad_edit, which knows the chosen row, or start the server with one label."
             )
-        return (read_reply(request, self.labels[0]).label,)
+        return (read_reply(request, self._offered[0]).label,)
 
     def answer(self, request: Mapping[str, Any]) -> tuple[Optional[str], dict[str, Any]]:
         """One structure from the prompts of the request."""
         started = time.perf_counter()
         planar = self.dimension == 2
-        options, wanted = read_options(request, planar), read_reply(request, self.labels[0])
+        options, wanted = read_options(request, planar), read_reply(request, self._offered[0])
         (label,) = self.structures(request)
         volume = self._engine.open(request["image"])
         if volume.is_2d and not planar:

@@ -24,8 +24,8 @@ class Plane:
     """One slice of a series.
 
     Args:
-        uid: of the instance that holds it.
-        sop_class: of that instance.
+        uid: of the instance that holds it; empty where the file has none.
+        sop_class: of that instance; likewise.
         frame: from 1, or None in a file of one slice.
     """
 
@@ -101,7 +101,29 @@ def series_of(frames: Sequence[tuple[Any, int]]) -> Series:
 
 def _plane(file: Any, frame: int) -> Plane:
     several = int(file.get("NumberOfFrames") or 1) > 1
-    return Plane(str(file.SOPInstanceUID), str(file.SOPClassUID), frame + 1 if several else None)
+    uid, sop_class = (str(file.get(keyword) or "") for keyword in ("SOPInstanceUID", "SOPClassUID"))
+    return Plane(uid, sop_class, frame + 1 if several else None)
+
+
+def check_referable(series: Series) -> None:
+    """Accepts a series that another object can refer to.
+
+    What names the patient may be missing, and a frame of reference too, as in ultrasound.
+
+    Raises:
+        VolumeError: for a series without an identifier that DICOM asks for.
+    """
+    known = {
+        "StudyInstanceUID": series.head.get("StudyInstanceUID"),
+        "SOPInstanceUID": all(plane.uid for plane in series.planes),
+        "SOPClassUID": all(plane.sop_class for plane in series.planes),
+    }
+    missing = [keyword for keyword, value in known.items() if not value]
+    if missing:
+        raise VolumeError(
+            f"Expected a series that a DICOM SEG can refer to; received one without {', '.join(missing)}. Export the"
+            " series again with its identifiers, or ask for another format such as .nrrd."
+        )
 
 
 def frame_value(file: Any, frame: int, group: str, keyword: str) -> Any:

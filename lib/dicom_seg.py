@@ -26,7 +26,7 @@ from pydicom.valuerep import DSfloat
 from lib.codes import PRIVATE, Code, CodeTable, LabelCode
 from lib.data.dicom import calibrated_mm, frame_order
 from lib.data.readers import check_size, decoding
-from lib.dicom_grid import Plane, Series, frame_value, located, series_of
+from lib.dicom_grid import Plane, Series, check_referable, frame_value, located, series_of
 from lib.errors import PromptError, VolumeError
 from lib.provenance import Kind, Provenance
 from lib.types import Index
@@ -81,11 +81,12 @@ def write_seg(
         The path.
 
     Raises:
-        VolumeError: for a series that cannot be read, or labels on another grid.
+        VolumeError: for a series that cannot be read or referred to, or labels on another grid.
         PromptError: for labels or names that cannot be stored.
     """
     path = Path(path)
     series = _series(Path(folder))
+    check_referable(series)
     numbers = _checked_names(segments)
     pixels = _pixels(labels, numbers, series.shape)
     seg = _build(series, pixels, list(numbers), provenance)

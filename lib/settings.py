@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, get_origin, get_type_hints
+from typing import Any, Optional, Union, get_origin, get_type_hints
 
 from lib.config import CONFIG_DIR, KINDS, backbone_row, from_mapping, method_row, read_yaml
 from lib.errors import ConfigError
@@ -20,7 +20,9 @@ from lib.train_rules import Rules
 STATE_FOLDER = ".autosam"  # in the studies
 UPSTREAM_CONF = ("server_mode",)  # the one key of --conf that MONAI Label's own base class reads
 SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+LARGEST = 1e9  # of minutes that is 1900 years
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+_MODALITY = re.compile(r"[A-Za-z0-9_]{1,16}")  # DICOM's code strings, in either case
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,9 @@ class AppSettings:
                 near = did_you_mean(key, list(hints))
                 raise ConfigError(f"--conf: unknown key {key!r}; valid keys are {sorted(hints)}.{near}")
             values[key] = _from_text(hints[key], str(text).strip(), f"--conf {key}")
-        values["cache_dir"] = Path(values["cache_dir"] or _user_cache()).expanduser().absolute()
-        for key in ("weights_dir", "state_dir"):
-            values[key] = Path(values[key]).expanduser().absolute() if values[key] else None
+        values["cache_dir"] = values["cache_dir"] or _user_cache()
+        for key in ("cache_dir", "weights_dir", "state_dir"):
+            values[key] = _folder(values[key], key) if values[key] else None
         settings = from_mapping(cls, values, "app.yaml")
         settings._check()
         return settings
@@ -148,8 +150,24 @@ class AppSettings:
             raise ConfigError(f"gate_tolerance: expected a Dice from 0 to 1, received {self.gate_tolerance}.")
         if self.rules.enabled and not self.models:
             raise ConfigError("models: expected one that the schedule can train, received none. Unset train_at/after.")
+        for modality in self.modalities:
+            if not _MODALITY.fullmatch(modality):
+                raise ConfigError(
+                    "modalities: expected DICOM modalities of letters and digits, separated by commas, such as CT,MR;"
+                    f" received {modality!r}."
+                )
+        self._check_labels()
+        self._check_numbers()
+
+    def _check_labels(self) -> None:
+        from lib.data.samples import BACKGROUND  # not at the top: it brings in what reads images
+
         if not all(self.labels) or len(set(self.labels)) < len(self.labels):
             raise ConfigError(f"labels: expected different names, separated by commas, received {self.labels!r}.")
+        if self.labels == (BACKGROUND,):
+            raise ConfigError(f"labels: expected a structure's name too, received {BACKGROUND!r} alone. Add one.")
+
+    def _check_numbers(self) -> None:
         for name, least in (
             ("cache_memory_mb", 1),
             ("cache_disk_mb", 0),
@@ -162,6 +180,9 @@ class AppSettings:
         ):
             if not getattr(self, name) >= least:  # NaN is not
                 raise ConfigError(f"{name}: expected {least} or more, received {getattr(self, name)}.")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not abs(value) <= LARGEST:  # infinity is not, nor what overflows as a date
+                raise ConfigError(f"{name}: expected a finite number, {LARGEST:.0f} at most, received {value}.")
 
 
 def _user_cache() -> Path:
@@ -174,6 +195,16 @@ def _user_data() -> Path:
     import platformdirs
 
     return platformdirs.user_data_path("autosam_label", appauthor=False)
+
+
+def _folder(text: Union[str, Path], key: str) -> Path:
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError:  # ``~name`` of nobody
+        raise ConfigError(
+            f"{key}: expected a folder, received {str(text)!r}, and no home folder of that user is known. Give the"
+            " whole path."
+        ) from None
 
 
 def _from_text(hint: Any, text: str, where: str) -> Any:

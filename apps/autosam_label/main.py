@@ -1,8 +1,8 @@
 """The app that MONAI Label's loader executes under the module name ``main``, in the server and in every training child.
 
 It puts the repository root on the path, forgets our own packages of an earlier load (``/reload`` executes this file
-again), switches off upstream's log lines that name images, and wires the tasks to one engine. Building the app loads no
-weights, downloads nothing and writes no file.
+again), switches off others' log lines that name images or patients, and wires the tasks to one engine. Building the app
+loads no weights, downloads nothing and writes no file.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, Optional
 
@@ -60,6 +61,8 @@ UPSTREAM_NAMES_IMAGES = (
 )  # fmt: skip
 for _name in UPSTREAM_NAMES_IMAGES:
     logging.getLogger(_name).setLevel(logging.ERROR)
+# Both quote the value of a malformed tag, such as a birth date; for all threads, which ``catch_warnings`` is not for.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"(pydicom|highdicom)\b")
 
 
 class AutoSamLabel(MONAILabelApp):

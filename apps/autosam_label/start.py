@@ -9,6 +9,7 @@ an up-to-date environment costs nothing, and an installation that was interrupte
 """
 
 import argparse
+import errno
 import hashlib
 import os
 import socket
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import Optional
 
 ROOT = Path(__file__).resolve().parents[2]
 APP = ROOT / "apps" / "autosam_label"
@@ -37,8 +39,10 @@ def main() -> int:
     if args.command == "test":
         python = _environment(args.venv, "requirements-dev.txt")
         return subprocess.call([str(python), "-m", "pytest", *rest], cwd=str(ROOT), env=_child_environment(python))
-    if not _port_is_free(args.host, args.port):
-        return _fail("Port {} on {} is in use; choose another with --port.".format(args.port, args.host))
+    wrong = _why_not_listen(args.host, args.port)
+    if wrong:
+        text = "Cannot listen on port {} of {}: {}. Choose others with --port and --host."
+        return _fail(text.format(args.port, args.host, wrong))
     python = _environment(args.venv, "requirements.txt")
     studies = _demo_studies(python) if args.command == "demo" else args.studies
     return _serve(python, studies, args)
@@ -77,14 +81,30 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _port_is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
+def _why_not_listen(host: str, port: int) -> str:
+    """Why the server could not listen there, in the system's words; empty where it can.
+
+    A name may stand for several addresses; the server takes those that the machine has, and none may be in use.
+    """
+    try:
+        found = [_bind_error(*entry) for entry in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)]
+    except OSError as error:
+        return str(error.strerror)
+    used = [error for error in found if error and error.errno == errno.EADDRINUSE]
+    error = used[0] if used else None if None in found else found[0]
+    return str(error.strerror) if error else ""
+
+
+def _bind_error(family: int, kind: int, protocol: int, _: str, address: tuple) -> Optional[OSError]:
+    try:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:  # as the server does: else it would meet those on IPv4 too
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            probe.bind(address)
+    except OSError as error:
+        return error
+    return None
 
 
 def _environment(folder: Path, requirements: str) -> Path:
@@ -178,13 +198,18 @@ def _demo_studies(python: Path) -> str:
     return str(studies)
 
 
+def _url(host: str, port: int) -> str:
+    """The server's address for a browser on this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return "http://{}:{}".format("[{}]".format(host) if ":" in host else host, port)
+
+
 def _serve(python: Path, studies: str, args: argparse.Namespace) -> int:
     command = [str(python), "-m", "monailabel.main", "start_server", "--app", str(APP), "--studies", studies]
     command += ["--host", args.host, "--port", str(args.port), "--uvicorn_app", "apps.autosam_label.server:app"]
     for pair in args.conf:
         command += ["--conf", *pair]
-    address = "http://{}:{}".format("127.0.0.1" if args.host == "0.0.0.0" else args.host, args.port)
-    _say(WELCOME.format(address))
+    _say(WELCOME.format(_url(args.host, args.port)))
     env = _child_environment(python)
     if os.name == "nt":
         return subprocess.call(command, env=env)

@@ -196,7 +196,11 @@ def _fetch(entry: WeightsEntry, part: Path, progress: Progress) -> None:
             if _receive(entry, part, progress):
                 return
         except urllib.error.HTTPError as error:
-            if error.code < 500:
+            if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and part.is_file():
+                if _is_whole(entry, part, error):  # a process was killed before it moved the file
+                    return
+                part.unlink()
+            elif error.code < 500:
                 raise WeightsError(f"{entry.url} answered {error.code}. {_missing(entry, part.parent)}") from error
             problem = error
         except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
@@ -206,6 +210,14 @@ def _fetch(entry: WeightsEntry, part: Path, progress: Progress) -> None:
         f"The download of {entry.file} stopped after {done} bytes ({problem}). What arrived is kept: run it again to "
         f"resume. {_missing(entry, part.parent)}"
     )
+
+
+def _is_whole(entry: WeightsEntry, part: Path, refusal: urllib.error.HTTPError) -> bool:
+    """Whether a part is the file, by its digest or else its size, where the server has nothing to send after it."""
+    expected = entry.sha256 or _noted(part.parent).get(entry.file)
+    if expected:
+        return file_digest(part) == expected
+    return refusal.headers.get("Content-Range") == f"bytes */{part.stat().st_size}"
 
 
 def _receive(entry: WeightsEntry, part: Path, progress: Progress) -> bool:

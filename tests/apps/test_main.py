@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ import pytest
 from monailabel.config import settings
 from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelException
 from monailabel.interfaces.utils.app import app_instance, clear_cache
+from pydicom.uid import CTImageStorage
 
 from lib.versions.store import open_store
 from tests.cases import LABELS, add_version
+from tests.lib.seg_series import AXIAL, classic
 from tests.serving import APP, ROOT
 
 OURS = ("lib", "infers", "trainers")
@@ -265,7 +268,7 @@ def test_infer_keeps_no_structure_under_a_name_that_nobody_gave(
 def test_infer_without_a_name_answers_where_it_is_not_kept_or_there_is_one_label(load) -> None:
     assert load(labels="liver, spleen").infer(click())["params"]["label_names"] == {"liver": 1}
     clear_cache()
-    app = load(labels="liver, background")
+    app = load(labels="background, liver")
     app.infer(kept())
     assert app.datastore().get_label_info("case", "final")["label_info"] == [{"name": "liver", "idx": 1}]
 
@@ -339,8 +342,9 @@ def test_app_on_a_pacs_starts_without_it_and_without_a_download(load, monkeypatc
         app.info()
 
 
-def test_training_child_builds_the_app(studies: Path, conf: dict[str, str], tmp_path: Path) -> None:
-    """The environment and command of upstream's training job; an unknown trainer is refused."""
+@pytest.fixture
+def child(studies: Path, conf: dict[str, str], tmp_path: Path) -> Any:
+    """Runs Python in the environment that upstream gives a training job and a batch."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("MONAI_")}
     env.update(
         MONAI_LABEL_APP_DIR=str(APP),
@@ -355,9 +359,39 @@ def test_training_child_builds_the_app(studies: Path, conf: dict[str, str], tmp_
             [sys.executable, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
         )
 
-    refused = run("-m", "monailabel.interfaces.utils.app", "-m", "train", "-r", json.dumps({"model": "adapt"}))
+    return run
+
+
+def test_training_child_builds_the_app(child) -> None:
+    """The command of upstream's training job; an unknown trainer is refused."""
+    refused = child("-m", "monailabel.interfaces.utils.app", "-m", "train", "-r", json.dumps({"model": "adapt"}))
     assert "There is no model 'adapt' available" in refused.stderr
     code = "import sys, json; from monailabel.interfaces.utils.app import app_instance as a;"
     code += "sys.stdout.write(json.dumps(a().infer(json.loads(sys.argv[1]))['params']['label_names']))"
-    answered = run("-c", code, json.dumps(click()))
+    answered = child("-c", code, json.dumps(click()))
     assert answered.stdout == '{"object": 1}', answered.stderr[-3000:]
+
+
+MALFORMED = {"PatientBirthDate": "1970-01-31", "StudyInstanceUID": "1.2.03.4"}
+QUOTING = """
+import sys
+from pathlib import Path
+from monailabel.interfaces.utils.app import app_instance
+app_instance()
+from highdicom.valuerep import check_person_name
+from pydicom import Dataset
+from lib.dicom_seg import write_seg
+from tests.lib.seg_series import AUTOMATIC, NAMES, drawn
+write_seg(Path(sys.argv[1]), drawn(), NAMES, Path(sys.argv[2]), AUTOMATIC)
+Dataset.from_json({"00100030": {"vr": "DA", "Value": ["1970-01-31"]}}).PatientBirthDate  # as a PACS answers
+check_person_name("Odd Name")
+"""
+
+
+def test_malformed_tags_of_a_patient_are_in_no_log_line_of_a_process_with_the_app(child, tmp_path: Path) -> None:
+    """In a process of its own, for pytest replaces the filters of warnings in this one."""
+    with warnings.catch_warnings(action="ignore"):
+        folder = classic(tmp_path / "series", CTImageStorage, "CT", AXIAL, **MALFORMED)
+    done = child("-c", QUOTING, str(folder), str(tmp_path / "seg.dcm"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [secret for secret in (*MALFORMED.values(), "Odd Name") if secret in done.stdout + done.stderr] == []

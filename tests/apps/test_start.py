@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -91,6 +94,65 @@ def test_main_refuses_other_pythons_by_name(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr(start.sys, "version_info", (3, 13, 0))
     assert start.main() == 2
     assert "needs Python 3.11 or 3.12, this is 3.13" in capsys.readouterr().err
+
+
+@pytest.fixture
+def listening() -> Iterator[Callable[[str], int]]:
+    """Listens on a free port of an address, to the end of the test; skips where the machine has no such address."""
+    with contextlib.ExitStack() as stack:
+
+        def listen(host: str) -> int:
+            probe = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+            try:
+                probe.bind((host, 0))
+            except OSError as error:
+                pytest.skip(f"{host} is no address of this machine: {error}")
+            probe.listen()
+            return probe.getsockname()[1]
+
+        yield listen
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_main_refuses_a_port_in_use_and_no_other(listening, monkeypatch, capsys, host: str) -> None:
+    monkeypatch.setattr(start, "_environment", lambda *_: Path("python"))
+    monkeypatch.setattr(start, "_serve", lambda *_: 0)
+    serve = ["start.py", "serve", "--studies", "x", "--host", host, "--port"]
+    monkeypatch.setattr(start.sys, "argv", [*serve, str(listening(host))])
+    assert start.main() == 2
+    assert f"of {host}: Address already in use. Choose others with --port" in capsys.readouterr().err
+    monkeypatch.setattr(start.sys, "argv", [*serve, "0"])  # a port that is free
+    assert start.main() == 0
+
+
+def test_port_in_use_on_ipv4_is_free_on_ipv6_and_not_under_a_name_of_both(listening, monkeypatch) -> None:
+    listening("::1")
+    port = listening("127.0.0.1")
+    assert start._why_not_listen("::1", port) == ""
+    both = [*socket.getaddrinfo("::1", port, 0, socket.SOCK_STREAM), *socket.getaddrinfo("127.0.0.1", port, 0, 1)]
+    monkeypatch.setattr(start.socket, "getaddrinfo", lambda *_: both)
+    assert start._why_not_listen("localhost", port) == "Address already in use"
+
+
+def test_address_of_another_machine_or_of_none_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert start._why_not_listen("192.0.2.7", 0) == "Cannot assign requested address"
+    assert start._why_not_listen("host.invalid", 0) != ""
+    lost = [*socket.getaddrinfo("192.0.2.7", 0, 0, 1), *socket.getaddrinfo("127.0.0.1", 0, 0, 1)]
+    monkeypatch.setattr(start.socket, "getaddrinfo", lambda *_: lost)
+    assert start._why_not_listen("name-of-two", 0) == ""  # the server passes over the one it does not have
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+        ("::1", "http://[::1]:8000"),
+        ("box", "http://box:8000"),
+    ],
+)
+def test_url_is_one_that_a_browser_takes(host: str, url: str) -> None:
+    assert start._url(host, 8000) == url
 
 
 def test_pins_cover_the_steps_and_every_runtime_line() -> None:

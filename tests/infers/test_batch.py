@@ -149,6 +149,23 @@ def test_batch_keeps_this_versions_labels_and_those_no_model_made(
     assert found == {"done": 4 + asked, "skipped": 1 - asked, "failed": 0}
 
 
+@pytest.mark.parametrize(
+    ("most", "done"), [(2, 2), (" 2 ", 2), (9, 5), (0, 5), ("0", 5), ("00", 5), ("", 5), (None, 5)]
+)
+def test_batch_of_at_most_so_many_images(fake: FakeServer, store: LocalDatastore, most: Any, done: int) -> None:
+    assert run(store, max_batch_size=most) == {"done": done, "skipped": 0, "failed": 0}
+
+
+@pytest.mark.parametrize(
+    ("redo", "asked"),
+    [("false", False), ("no", False), (0, False), ("", False), (None, False), ("True", True), (1, True)],
+)
+def test_batch_redo_is_read_as_a_switch(fake: FakeServer, store: LocalDatastore, redo: Any, asked: bool) -> None:
+    keep(store, "c", "original", dict(MADE))
+    run(store, redo=redo)
+    assert ("c" in fake.images()) is asked
+
+
 def test_batch_under_another_tag_does_not_look_at_original(fake: FakeServer, store: LocalDatastore) -> None:
     keep(store, "c", "original", dict(MADE))
     assert run(store, label_tag="second-reader")["done"] == 5
@@ -178,6 +195,11 @@ def test_batch_in_parts_goes_on_where_it_was(fake: FakeServer, store: LocalDatas
         ({"model": "other"}, "Train first"),
         ({"label_tag": "final"}, "label_tag: expected a tag for unchecked results"),
         ({"label_tag": ["original"]}, "label_tag: expected"),
+        *[
+            ({"max_batch_size": value}, "max_batch_size: expected a whole number, 0 for all images, received")
+            for value in (-1, "-1", "abc", 2.5, True, False, [2], "1_0")
+        ],
+        *[({"redo": value}, "redo: expected true or false, received") for value in ("maybe", 2, ["true"], {})],
     ],
 )
 def test_batch_refuses_before_it_asks_for_an_image(

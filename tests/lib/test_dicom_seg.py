@@ -32,6 +32,7 @@ from tests.lib.seg_series import (
     cine,
     classic,
     drawn,
+    edited,
     mask_of,
     measures,
     order_of,
@@ -299,6 +300,36 @@ def test_bare_source_without_patient_tags_is_enough(tmp_path):
         dataset.save_as(path)
     seg = pydicom.dcmread(write_seg(folder, drawn(), NAMES, tmp_path / "seg.dcm", AUTOMATIC))
     assert not seg.PatientID and not seg.PatientName
+
+
+@pytest.mark.parametrize("source", ["ct", "enhanced mr", "ultrasound"])
+@pytest.mark.parametrize("lacks", [("StudyInstanceUID",), ("SOPInstanceUID", "SOPClassUID")])
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_source_without_an_identifier_is_refused_by_name(tmp_path, source, lacks, is_empty):
+    folder = SOURCES[source](tmp_path / "series")
+    path = sorted(folder.iterdir())[-1]
+    for file in folder.iterdir() if "StudyInstanceUID" in lacks else [path]:  # one instance in a series is enough
+        edited(file, lambda dataset: [_take(dataset, keyword, is_empty) for keyword in lacks])
+    with pytest.raises(VolumeError, match=f"received one without {', '.join(lacks)}. Export .*nrrd"):
+        write_seg(folder, drawn(), NAMES, tmp_path / "seg.dcm", AUTOMATIC)
+    assert [p.name for p in tmp_path.iterdir()] == ["series"]
+    assert load_volume(folder).shape == SHAPE
+
+
+def _take(dataset: Any, keyword: str, is_empty: bool) -> None:
+    if is_empty:
+        dataset[keyword].value = ""
+    else:
+        del dataset[keyword]
+
+
+@pytest.mark.parametrize("source", ["ct", "enhanced mr"])
+def test_source_without_a_frame_of_reference_is_enough(tmp_path, source):
+    folder = SOURCES[source](tmp_path / "series")
+    for file in folder.iterdir():
+        edited(file, lambda dataset: _take(dataset, "FrameOfReferenceUID", False))
+    path = write_seg(folder, drawn(), NAMES, tmp_path / "seg.dcm", AUTOMATIC)
+    np.testing.assert_array_equal(read_seg(path, folder).labels, drawn())
 
 
 def test_nothing_of_the_patient_is_logged(tmp_path, caplog, capfd):

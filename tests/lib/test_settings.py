@@ -32,6 +32,10 @@ GOOD = [
     ({}, "gate_tolerance", 0.02),
     ({"gate_tolerance": " 0.1 "}, "gate_tolerance", 0.1),
     ({"keep_versions": "0"}, "keep_versions", 0),
+    ({"modalities": "CT, MR"}, "modalities", ("CT", "MR")),
+    ({"modalities": "ct"}, "modalities", ("ct",)),
+    ({"labels": "background, liver"}, "labels", ("background", "liver")),
+    ({"lease_minutes": "0.5"}, "lease_minutes", 0.5),
 ]
 
 
@@ -58,6 +62,16 @@ BAD = [
     ({"keep_versions": "-1"}, "keep_versions: expected 0 or more, received -1"),
     ({"labels": "liver,,spleen"}, "labels: expected different names, separated by commas"),
     ({"labels": "liver, liver"}, "labels: expected different names"),
+    ({"labels": "background"}, "labels: expected a structure's name too, received 'background' alone"),
+    *[({"lease_minutes": text}, "lease_minutes: expected a finite number, .*received") for text in ("inf", "1e300")],
+    ({"lease_minutes": "-inf"}, "lease_minutes: expected 0 or more"),
+    ({"train_at": "02:00", "train_idle": "inf"}, "train_idle: expected a number of at least 0, received inf"),
+    ({"train_minutes": "1e300"}, "train_minutes: expected a finite number"),
+    ({"modalities": "CT MR"}, "modalities: expected .* separated by commas, such as CT,MR; received 'CT MR'"),
+    ({"modalities": "CT,"}, "modalities: expected .*received ''"),
+    ({"modalities": "M" * 17}, "modalities: expected"),
+    *[({key: "~nobody-here/x"}, f"{key}: expected a folder, .*whole path") for key in ("cache_dir", "weights_dir")],
+    ({"state_dir": "~nobody-here"}, "state_dir: expected a folder, received '~nobody-here'"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -62,6 +63,45 @@ def test_interrupted_download_is_kept_and_resumed_by_the_next_run(served, folder
     assert not (folder / "a.pt").exists()
     assert weights.ensure(entry, folder).read_bytes() == CONTENT
     assert served.asked[-1] == "bytes=3000000-"
+
+
+WHOLE, LONGER, OTHER = CONTENT, CONTENT + b"more", CONTENT[::-1]
+
+
+@pytest.mark.parametrize(
+    ("kept", "has_digest", "tells_size", "asked"),
+    [
+        (WHOLE, True, True, 1),
+        (WHOLE, True, False, 1),
+        (WHOLE, False, True, 1),
+        (WHOLE, False, False, 2),  # nothing says that it is whole, so it is fetched again
+        (LONGER, False, True, 2),
+        (OTHER, True, True, 2),
+    ],
+)
+def test_download_killed_before_the_file_was_moved_succeeds(
+    served, folder, kept, has_digest, tells_size, asked
+) -> None:
+    served.tells_size = tells_size
+    entry = served.entry("a.pt", CONTENT, sha256=hashlib.sha256(CONTENT).hexdigest() if has_digest else None)
+    folder.mkdir()
+    (folder / "a.pt.part").write_bytes(kept)
+    assert weights.ensure(entry, folder).read_bytes() == CONTENT
+    assert served.asked == [f"bytes={len(kept)}-", ""][:asked]
+    assert not (folder / "a.pt.part").exists()
+
+
+def test_part_of_a_file_that_was_fetched_before_is_judged_by_the_noted_digest(served, folder) -> None:
+    entry = served.entry("a.pt", CONTENT)
+    weights.ensure(entry, folder).unlink()
+    (folder / "a.pt.part").write_bytes(OTHER)
+    assert weights.ensure(entry, folder).read_bytes() == CONTENT
+
+
+def test_server_that_refuses_every_range_is_named(served, folder) -> None:
+    served.status = 416
+    with pytest.raises(WeightsError, match="answered 416"):
+        weights.ensure(served.entry("a.pt", CONTENT), folder)
 
 
 def test_server_without_ranges_starts_over(served, folder) -> None:

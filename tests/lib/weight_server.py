@@ -21,6 +21,7 @@ class Served:
     cut_after: list[int] = field(default_factory=list)  # bytes after which each next reply breaks off
     kind: str = "application/octet-stream"
     ranged: bool = True
+    tells_size: bool = True  # where it refuses a range beyond the end
     status: int = 0
     asked: list[str] = field(default_factory=list)
 
@@ -44,6 +45,13 @@ def handler(served: Served) -> type[BaseHTTPRequestHandler]:
             path = served.folder / self.path.lstrip("/")
             start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and served.ranged else 0
             size = path.stat().st_size
+            if start and start >= size:
+                self.send_response(416)
+                if served.tells_size:
+                    self.send_header("Content-Range", f"bytes */{size}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             self.send_response(206 if start else 200)
             self.send_header("Content-Type", served.kind)
             self.send_header("Content-Length", str(size - start))
