@@ -42,6 +42,7 @@ from infers.records import Records
 from infers.request import read_save
 from infers.saving import FINAL, FinalLabels
 from infers.scoring import AgreementScoring, QualityScoring
+from infers.sessions import KeptSessions
 from infers.strategies import Desk
 from lib.assisted import AssistedEngine
 from lib.config import method_row
@@ -153,6 +154,11 @@ class AutoSamLabel(MONAILabelApp):
         return DicomStore(
             Pacs(self.studies, self.settings.modalities), upstream.MONAI_LABEL_DICOMWEB_CACHE_PATH.strip() or None
         )
+
+    def _load_sessions(self, load: bool = False) -> Optional[KeptSessions]:
+        """Upstream's, with our sessions."""
+        path, expiry = upstream.MONAI_LABEL_SESSION_PATH, upstream.MONAI_LABEL_SESSION_EXPIRY
+        return KeptSessions(path, expiry) if load else None
 
     def init_infers(self) -> dict[str, InferTask]:
         """The tasks by the names that clients show."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -357,6 +359,23 @@ def test_uploaded_image_stays_inside_the_studies(sent, tmp_path: Path, image: st
     answer = sent.put("/datastore/image", params={"image": name}, files={"file": ("x.nii.gz", b"image")})
     assert answer.status_code == 400 and "expected a plain name" in answer.json()["detail"]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_uploaded_archive_stays_inside_its_session(sent, tmp_path: Path) -> None:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("../../../../x"))
+    answer = sent.put("/session/", params={"uncompress": True}, files={"files": ("x.tar", packed.getvalue())})
+    assert answer.status_code == 400 and "lead out of it" in answer.json()["detail"]
+    assert not list((tmp_path / "sessions").rglob("*"))
+
+
+def test_sessions_of_the_server_before_are_cleaned_up(load, tmp_path: Path) -> None:
+    left = tmp_path / "sessions" / "cut-off-while-it-came"
+    left.mkdir(parents=True)
+    os.utime(left, (0, 0))
+    load().cleanup_sessions()
+    assert not left.exists()
 
 
 def test_damaged_list_of_labels_ends_the_start_with_its_name(load, studies: Path) -> None:
