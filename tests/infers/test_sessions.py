@@ -96,6 +96,7 @@ def test_session_is_found_again_after_a_restart(sessions: KeptSessions, scratch:
         (tarred({"a.dcm": b"1", "more/b.dcm": b"2"}), "series.tar"),
         (tarred({"a.dcm": b"1", "more/b.dcm": b"2"}, "w:gz"), "series.tar.gz"),
     ],
+    ids=["zip", "tar", "tar.gz"],
 )
 def test_archive_becomes_a_folder(sessions: KeptSessions, scratch: Path, content: bytes, name: str) -> None:
     _, info = sessions.add_session(upload(scratch, content, name), uncompress=True)
@@ -135,6 +136,7 @@ def test_archive_with_a_link_is_refused(sessions: KeptSessions, scratch: Path, t
         (tarred({"a.dcm": b"1" * 9000}, "w:gz")[:60], "series.tar.gz"),
         (zipped({"a.dcm": b"1" * 9000})[:900], "series.zip"),
     ],
+    ids=["image", "empty", "tar cut off", "zip cut off"],
 )
 def test_broken_archive_is_told(sessions: KeptSessions, scratch: Path, tmp_path: Path, content: Any, name: str) -> None:
     assert "expected one that can be unpacked" in refused(sessions, scratch, content, name)
