@@ -2,10 +2,10 @@
 
 MONAI Label starts a batch as a process of its own, which would load a second model, compete with every click and write
 its copy of the store's file over the server's. Ours only asks the server, one image after the other: the server stays
-the only writer (:func:`only_read`), its clicks go first (:func:`giving_way`), and a batch that is stopped or killed
-harms nothing; the next one goes on where it was. Its log lines are in ``GET /batch/infer``; they name images by their
-place in the sorted list of identifiers, never by those. Left out: several images at once, which on one device is no
-faster.
+the only writer (:func:`lib.child.only_read`), its clicks go first (:func:`giving_way`), and a batch that is stopped or
+killed harms nothing; the next one goes on where it was. Its log lines are in ``GET /batch/infer``; they name images by
+their place in the sorted list of identifiers, never by those. Left out: several images at once, which on one device is
+no faster.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
 from monailabel.interfaces.tasks.batch_infer import BatchInferTask
 
-from infers.dicom_store import DicomStore, stop_watching
+from lib.child import only_read
 from lib.engine import Engine
 from lib.settings import SWITCH
 
@@ -208,14 +208,6 @@ def _keeps(datastore: Datastore, image: str, tag: str, model: str, version: str,
     made_by_model = "model" in info and isinstance(answer, Mapping) and "version" in answer
     same = made_by_model and (info["model"], answer["version"]) == (model, version)
     return not made_by_model or (same and not redo)
-
-
-def only_read(datastore: Datastore) -> None:
-    """What a process beside the server does first, which stays the only one that writes the store's file."""
-    if isinstance(datastore, DicomStore):  # which also writes down what it downloads
-        datastore.only_read()
-    else:
-        stop_watching(datastore)
 
 
 def _refusal(sentence: str) -> MONAILabelException:

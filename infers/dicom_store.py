@@ -27,10 +27,11 @@ from filelock import FileLock
 from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore
-from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
+from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelError, MONAILabelException
 
 from infers.base import told
+from infers.local_store import LocalStore, entry
 from infers.pacs import Kept, Pacs, is_uid
 from lib.data.samples import LabelledCase, labels_of, load_case, named_values
 from lib.data.volume import load_volume
@@ -55,7 +56,7 @@ INFO = {
 }
 
 
-class DicomStore(DICOMWebDatastore):
+class DicomStore(LocalStore, DICOMWebDatastore):
     """Images and labels of a PACS.
 
     Args:
@@ -69,7 +70,6 @@ class DicomStore(DICOMWebDatastore):
         self._images, self._segs = Kept(pacs.images, age), Kept(self._candidates, age)
         self._refused: set[str] = set()
         self._unreadable: set[str] = set()
-        self._is_child = False
         super().__init__(client=pacs.client, search_filter={}, cache_path=cache)
         self._root = Path(self._datastore.image_path()).resolve()
         _keep_private(self._root)
@@ -81,21 +81,18 @@ class DicomStore(DICOMWebDatastore):
 
         Its file of the store would be as old as the child, and drafts that were saved since would be gone.
         """
-        stop_watching(self)
-        self._is_child = True
+        super().only_read()
         self._segs.forget()
-
-    def _update_datastore_file(self, lock: bool = True) -> None:
-        if not self._is_child:
-            super()._update_datastore_file(lock)
 
     def _reconcile_datastore(self) -> None:
         """Upstream's without its writing, as every child begins with it; final labels are the PACS's alone."""
-        self._remove_non_existing()
-        self._add_non_existing_images()
-        for folder in Path(self._datastore.label_path(None)).iterdir():
-            if folder.is_dir() and folder.name != FINAL:
-                self._add_non_existing_labels(folder.name)
+        with self._index_lock:
+            self._remove_parts()
+            self._remove_non_existing()
+            self._add_non_existing_images()
+            for folder in Path(self._datastore.label_path(None)).iterdir():
+                if folder.is_dir() and folder.name != FINAL:
+                    self._add_non_existing_labels(folder.name)
 
     def _candidates(self) -> dict[str, list[str]]:
         """Images to their DICOM SEG series, newest first, without those that turned out to be unreadable.
@@ -186,11 +183,11 @@ class DicomStore(DICOMWebDatastore):
 
     def _register(self, image_id: str) -> None:
         info = self._dicom_info(image_id)
-        with FileLock(self._lock_file):
+        with self._index_lock:
             known = self._datastore.objects.get(image_id)
             model = ImageLabelModel(image=DataModel(info=info, ext=".nii.gz"), labels=known.labels if known else {})
-            self._datastore.objects[image_id] = model
-            self._update_datastore_file(lock=False)
+            with entry(self._datastore.objects, image_id, model):
+                self._update_datastore_file()
 
     def _dicom_info(self, series_id: str) -> dict[str, Any]:
         """What OHIF needs to open the next sample."""
@@ -220,7 +217,7 @@ class DicomStore(DICOMWebDatastore):
         """
         image = self.get_image_uri(image_id)
         if label_tag != FINAL:
-            return LocalDatastore.save_label(self, image_id, label_filename, label_tag, label_info)
+            return LocalStore.save_label(self, image_id, label_filename, label_tag, label_info)
         with told(), tempfile.TemporaryDirectory(dir=self._root / PARTS) as scratch:
             record = label_info.get("provenance")
             source = Provenance(kind=Kind.MANUAL) if record is None else Provenance.from_json(record)
@@ -241,11 +238,10 @@ class DicomStore(DICOMWebDatastore):
         with tempfile.TemporaryDirectory(dir=self._root / PARTS) as scratch:
             copy = Path(scratch) / name
             write_mask(load_volume(self.get_image_uri(image_id)), labels, copy, np.uint16)
-            with FileLock(self._lock_file):
-                os.replace(copy, Path(self._datastore.label_path(FINAL)) / name)
-                model = DataModel(info={**info, **facts, "ts": int(time.time()), "name": name}, ext=ext)
-                self._datastore.objects[image_id].labels[FINAL] = model
-                self._update_datastore_file(lock=False)
+            model = DataModel(info={**info, **facts, "ts": int(time.time()), "name": name}, ext=ext)
+            place = Path(self._datastore.label_path(FINAL)) / name
+            with self._index_lock, entry(self._datastore.objects[image_id].labels, FINAL, model):
+                self._write_list(lambda: os.replace(copy, place))
 
     def get_labels_by_image_id(self, image_id: str) -> dict[str, str]:
         """Tags of the image's labels; final only where the PACS holds one that we can read."""
@@ -328,14 +324,6 @@ class DicomStore(DICOMWebDatastore):
         if label_tag == FINAL:
             raise _refusal("Expected to remove nothing from the PACS. Remove the segmentation series there.")
         LocalDatastore.remove_label(self, label_id, label_tag)
-
-
-def stop_watching(store: Datastore) -> None:
-    """A second process that watches the store's folder writes old states of its file over the server's."""
-    observer = getattr(store, "_observer", None)
-    if observer is not None and observer.is_alive():
-        observer.stop()
-        observer.join()
 
 
 def _keep_private(folder: Path) -> None:

@@ -21,9 +21,9 @@ from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 
 from infers.base import told
-from infers.batch import only_read
 from infers.pacs import PacsError
 from infers.stored import stored_map
+from lib.child import only_read
 from lib.data.samples import BACKGROUND
 from lib.data.volume import load_volume
 from lib.errors import AppError, CapacityError, ConfigError, GridError, VolumeError

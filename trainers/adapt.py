@@ -24,6 +24,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 
 from lib.active.calibration import CALIBRATION
 from lib.active.evidence import calibration_pairs
+from lib.child import only_read
 from lib.config import MethodRow, TrainRecipe, override
 from lib.contracts import Backbone
 from lib.data.samples import (
@@ -96,8 +97,7 @@ class AdaptTask(TrainTask):
         if self._alone():
             if hasattr(os, "nice"):
                 os.nice(NICE)
-            if hasattr(datastore, "only_read"):  # a PACS's, whose file the server beside this process writes
-                datastore.only_read()
+            only_read(datastore)  # the server beside this process writes its file
         self._tell_error(store, None)
         try:
             return _Training(self._row, self._settings, store, request, *stored_cases(datastore)).run()

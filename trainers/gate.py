@@ -67,11 +67,12 @@ class UpstreamGate:
 
     def labels(self) -> Optional[dict[str, str]]:
         """By hashes of the identifiers. A PACS is asked for identifiers only: stamps would cost downloads."""
+        from monailabel.datastore.dicom import DICOMWebDatastore
         from monailabel.datastore.local import LocalDatastore
         from monailabel.interfaces.exception import MONAILabelException
 
         store = self._app.datastore()
-        files = type(store) is LocalDatastore
+        files = isinstance(store, LocalDatastore) and not isinstance(store, DICOMWebDatastore)
         try:
             images = store.get_labeled_images()
             return {_opaque(i): _stamp(store.get_label_uri(i, "final")) if files else "" for i in images}

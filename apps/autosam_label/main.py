@@ -37,11 +37,13 @@ from infers.batch import BatchTask, giving_way
 from infers.dicom_store import DicomStore
 from infers.interactive import SamTask
 from infers.learned import LearnedTask, live_versions
+from infers.local_store import LocalStore
 from infers.pacs import Pacs
 from infers.records import Records
 from infers.request import read_save
 from infers.saving import FINAL, FinalLabels
 from infers.scoring import AgreementScoring, QualityScoring
+from infers.sessions import KeptSessions
 from infers.strategies import Desk
 from lib.assisted import AssistedEngine
 from lib.config import method_row
@@ -139,11 +141,27 @@ class AutoSamLabel(MONAILabelApp):
     def _assist(self, name: str) -> AssistedEngine:
         return AssistedEngine(self.engine, method_row(name), open_store(self.versions_dir, name), self.settings.offered)
 
+    def init_datastore(self) -> Datastore:
+        """Upstream's, with our store of a folder."""
+        if self.studies.startswith(("http://", "https://")):
+            return super().init_datastore()
+        return LocalStore(
+            self.studies,
+            extensions=upstream.MONAI_LABEL_DATASTORE_FILE_EXT,
+            auto_reload=upstream.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
+            read_only=upstream.MONAI_LABEL_DATASTORE_READ_ONLY,
+        )
+
     def _init_dicomweb_datastore(self) -> Datastore:
         """Upstream's downloads a tool at start; ours writes DICOM SEG itself."""
         return DicomStore(
             Pacs(self.studies, self.settings.modalities), upstream.MONAI_LABEL_DICOMWEB_CACHE_PATH.strip() or None
         )
+
+    def _load_sessions(self, load: bool = False) -> Optional[KeptSessions]:
+        """Upstream's, with our sessions."""
+        path, expiry = upstream.MONAI_LABEL_SESSION_PATH, upstream.MONAI_LABEL_SESSION_EXPIRY
+        return KeptSessions(path, expiry) if load else None
 
     def init_infers(self) -> dict[str, InferTask]:
         """The tasks by the names that clients show."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +16,13 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from monailabel.config import settings
 from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelException
 from monailabel.interfaces.utils.app import app_instance, clear_cache
 from pydicom.uid import CTImageStorage
 
+from apps.autosam_label import server
 from lib.versions.store import open_store
 from tests.cases import LABELS, add_version
 from tests.lib.seg_series import AXIAL, classic
@@ -340,6 +344,47 @@ def test_app_on_a_pacs_starts_without_it_and_without_a_download(load, monkeypatc
     assert type(app.datastore()).__name__ == "DicomStore"
     with pytest.raises(MONAILabelException, match="Expected an answer of the PACS"):
         app.info()
+
+
+@pytest.fixture
+def sent(load, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A client of our wrapper, in front of the app."""
+    app = load()
+    for module in ("datastore", "session"):
+        monkeypatch.setattr(f"monailabel.endpoints.{module}.app_instance", lambda: app)
+    return TestClient(server.app)
+
+
+@pytest.mark.parametrize("image", ["../../x", "{here}/x", ".."])
+def test_uploaded_image_stays_inside_the_studies(sent, tmp_path: Path, image: str) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    name = image.format(here=tmp_path)
+    answer = sent.put("/datastore/image", params={"image": name}, files={"file": ("x.nii.gz", b"image")})
+    assert answer.status_code == 400 and "expected a plain name" in answer.json()["detail"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_uploaded_archive_stays_inside_its_session(sent, tmp_path: Path) -> None:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("../../../../x"))
+    answer = sent.put("/session/", params={"uncompress": True}, files={"files": ("x.tar", packed.getvalue())})
+    assert answer.status_code == 400 and "lead out of it" in answer.json()["detail"]
+    assert not list((tmp_path / "sessions").rglob("*"))
+
+
+def test_sessions_of_the_server_before_are_cleaned_up(load, tmp_path: Path) -> None:
+    left = tmp_path / "sessions" / "cut-off-while-it-came"
+    left.mkdir(parents=True)
+    os.utime(left, (0, 0))
+    load().cleanup_sessions()
+    assert not left.exists()
+
+
+def test_damaged_list_of_labels_ends_the_start_with_its_name(load, studies: Path) -> None:
+    (studies / "datastore_v2.json").write_text('{"name": "new-data')
+    with pytest.raises(Exception, match=f"list of images and labels in {studies}/datastore_v2.json"):
+        load()
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from monailabel.interfaces.exception import MONAILabelException
 
+from infers import local_store
 from infers.batch import BatchTask
 from infers.batch import Server as Asked
 from infers.dicom_store import DicomStore
@@ -262,3 +263,27 @@ def test_draft_is_looked_up_without_the_pacs(pacs: Pacs, image: Series, seg: Pat
 
 def test_cache_is_for_the_servers_user_alone(opened: Any) -> None:
     assert opened()._root.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("file", ["draft", "list"])
+def test_full_disk_leaves_the_old_draft(
+    image: Series, tmp_path: Path, opened: Any, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    store = opened()
+    save_draft(store, image, tmp_path)
+    label, known = label_of(store, image.uid, "original"), written(store, image.uid)
+    fill = local_store.fill
+
+    def full(part: Path, *more: Any) -> None:
+        fill(part, *more)
+        if part.name.startswith(".datastore") == (file == "list"):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(local_store, "fill", full)
+    nib.save(nib.Nifti1Image(image.label() * 0, np.eye(4)), tmp_path / "empty.nii.gz")
+    with pytest.raises(MONAILabelException, match="No space left"):
+        store.save_label(image.uid, str(tmp_path / "empty.nii.gz"), "original", {})
+    np.testing.assert_array_equal(label_of(store, image.uid, "original"), label)
+    assert written(store, image.uid) == known
+    assert store.get_label_info(image.uid, "original") == known["original"]["info"]
+    assert not list(store._root.rglob("*.part"))

@@ -16,6 +16,7 @@ import torch
 from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.exception import MONAILabelException
 
+from infers.local_store import LocalStore
 from lib import train_loop, train_step
 from lib.errors import WeightsError
 from lib.evaluate import evaluate
@@ -87,6 +88,34 @@ def dice(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 # from the store
+
+
+@pytest.mark.parametrize("kind", [LocalDatastore, LocalStore])
+def test_training_child_does_not_watch_the_store(world: World, monkeypatch, kind: type[LocalDatastore]) -> None:
+    monkeypatch.setattr("os.nice", lambda _: 0)
+    child = kind(str(world.studies), extensions=["*.nii.gz"], auto_reload=True)
+    monkeypatch.setattr(adapt, "stored_cases", lambda _: 1 / child._observer.is_alive())
+    with pytest.raises(ZeroDivisionError):
+        AdaptTask(ROW, settings(world.folder), world.folder / "state", lambda: True)({}, child)
+
+
+def test_training_child_leaves_the_servers_list_alone(world: World, monkeypatch) -> None:
+    """Labels come and go in the folder while it trains; the list it began with is older than what the server saved."""
+    monkeypatch.setattr("os.nice", lambda _: 0)
+    world.fill(1)
+    server, child = (LocalStore(str(world.studies), extensions=["*.nii.gz"]) for _ in range(2))
+
+    def meanwhile(_: Any) -> None:
+        server.update_label_info("c0", "final", {"provenance": "somebody's"})
+        (world.studies / "labels" / "final" / "c0.nii.gz").rename(world.folder / "away.nii.gz")
+        child.refresh()
+        raise KilledError
+
+    monkeypatch.setattr(adapt, "stored_cases", meanwhile)
+    with pytest.raises(KilledError):
+        AdaptTask(ROW, settings(world.folder), world.folder / "state", lambda: True)({}, child)
+    listed = json.loads((world.studies / "datastore_v2.json").read_text())["objects"]["c0"]["labels"]
+    assert listed["final"]["info"]["provenance"] == "somebody's"
 
 
 def test_stored_cases_are_images_with_a_final_label(world: World) -> None:

@@ -16,6 +16,7 @@ from zoneinfo import ZoneInfo
 
 import psutil
 import pytest
+from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
 from monailabel.interfaces.utils import app as upstream_app
@@ -378,7 +379,7 @@ def test_gate_counts_the_others_where_a_label_file_is_missing(app: App, tmp_path
     assert found is not None and sorted(map(bool, found.values())) == [False, True]
 
 
-class Silent(LocalDatastore):
+class Silent(DICOMWebDatastore):
     """A PACS that is away, or there but slow to give files."""
 
     def __init__(self, answer: Optional[list[str]]) -> None:
