@@ -24,7 +24,7 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
 from monailabel.interfaces.tasks.batch_infer import BatchInferTask
 
-from lib.child import only_read
+from lib.child import RUN_SYNC, only_read
 from lib.engine import Engine
 from lib.settings import SWITCH
 
@@ -123,7 +123,7 @@ class BatchTask(BatchInferTask):
                 every image failed.
         """
         if self._in_server():
-            raise _refusal("run_sync: expected false, received true, which would hold up everybody else. Leave it out.")
+            raise _refusal(RUN_SYNC)
         only_read(datastore)
         tag = _checked_tag(request.get("label_tag", DefaultLabelTag.ORIGINAL.value))
         most, redo = _most(request.get("max_batch_size")), _redo(request.get("redo"))

@@ -39,6 +39,7 @@ from lib.data.write import write_mask
 from lib.dicom_seg import read_seg, write_seg
 from lib.errors import VolumeError
 from lib.provenance import Kind, Provenance
+from lib.told import check_told
 from lib.types import Volume
 
 logger = logging.getLogger(__name__)
@@ -215,6 +216,8 @@ class DicomStore(LocalStore, DICOMWebDatastore):
         Raises:
             MONAILabelException: for an empty label or one on another grid, before anything is stored.
         """
+        with told():
+            check_told(label_info)
         image = self.get_image_uri(image_id)
         if label_tag != FINAL:
             return LocalStore.save_label(self, image_id, label_filename, label_tag, label_info)

@@ -32,8 +32,10 @@ from monailabel.interfaces.exception import (
     MONAILabelException,
 )
 
+from infers.base import told
 from lib.child import stop_watching
 from lib.errors import ConfigError
+from lib.told import check_told
 
 logger = logging.getLogger(__name__)
 PART = ".part"  # ends the names of what is not complete yet; no image or label ends so
@@ -73,9 +75,12 @@ class LocalStore(LocalDatastore):
             label_info: what is known about it.
 
         Raises:
-            MONAILabelException: for a tag that is no plain name, or where the disk is full; nothing has changed then.
+            MONAILabelException: for a tag that is no plain name, for facts that no JSON can hold, or where the disk is
+                full; nothing has changed then.
         """
         _check_name("tag", label_tag)
+        with told():
+            check_told(label_info or {})
         _, ext = self._to_id(os.path.basename(label_filename))
         name = self._filename(image_id, ext)
         facts = {**(label_info or {}), "ts": int(time.time()), "name": name}
@@ -92,6 +97,8 @@ class LocalStore(LocalDatastore):
             MONAILabelException: for an id that is no plain name, a kind of file that the store does not list, or where
                 the disk is full; nothing has changed then.
         """
+        with told():
+            check_told(image_info or {})
         own, ext = self._to_id(os.path.basename(image_filename))
         image_id = image_id or own
         _check_name("image", image_id)
@@ -110,6 +117,8 @@ class LocalStore(LocalDatastore):
 
     def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
         """Adds to what is known about an image."""
+        with told():
+            check_told(info)
         with self._index_lock:
             known = self._known(image_id)
             image = DataModel(info={**known.image.info, **info}, ext=known.image.ext)
@@ -119,6 +128,8 @@ class LocalStore(LocalDatastore):
 
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
         """Adds to what is known about a label."""
+        with told():
+            check_told(info)
         with self._index_lock:
             self._init_from_datastore_file()
             known = self._datastore.objects.get(label_id)

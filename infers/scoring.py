@@ -23,7 +23,7 @@ from monailabel.interfaces.tasks.scoring import ScoringMethod
 from infers.base import told
 from infers.pacs import PacsError
 from infers.stored import stored_map
-from lib.child import only_read
+from lib.child import RUN_SYNC, only_read
 from lib.data.samples import BACKGROUND
 from lib.data.volume import load_volume
 from lib.errors import AppError, CapacityError, ConfigError, GridError, VolumeError
@@ -124,7 +124,7 @@ class StoreScoring(ScoringMethod):
             MONAILabelException: if asked for inside the server, for a wrong option, or where the PACS is away.
         """
         if self._in_server():
-            raise _refusal("run_sync: expected false, received true, which would hold up everybody else. Leave it out.")
+            raise _refusal(RUN_SYNC)
         only_read(datastore)
         with told():
             found, page = self._look(_Store(datastore, request, self._labels), request)

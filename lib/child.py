@@ -5,6 +5,8 @@ Knows the datastore by what it can do, so that trainers and infers share it and 
 
 from __future__ import annotations
 
+RUN_SYNC = "run_sync: expected false, received true, which would hold up everybody else. Leave it out."
+
 
 def only_read(store: object) -> None:
     """Makes the server the only one that writes the store's files; what a process beside it does first."""

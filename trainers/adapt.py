@@ -24,7 +24,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 
 from lib.active.calibration import CALIBRATION
 from lib.active.evidence import calibration_pairs
-from lib.child import only_read
+from lib.child import RUN_SYNC, only_read
 from lib.config import MethodRow, TrainRecipe, override
 from lib.contracts import Backbone
 from lib.data.samples import (
@@ -64,11 +64,12 @@ class AdaptTask(TrainTask):
         row: the method.
         settings: of the app.
         versions_dir: folder of trained versions of all methods.
-        alone: whether this process does nothing but train, so that it may give way to the server beside it.
+        alone: whether this process does nothing but train and gives way to the server beside it; False in the server,
+            which trains nothing itself, and None in a program that has no server.
     """
 
     def __init__(
-        self, row: MethodRow, settings: AppSettings, versions_dir: Path, alone: Callable[[], bool] = lambda: False
+        self, row: MethodRow, settings: AppSettings, versions_dir: Path, alone: Optional[Callable[[], bool]] = None
     ) -> None:
         super().__init__(f"{row.name}: learns prompts from the final labels")
         self._row, self._settings, self._versions_dir, self._alone = row, settings, versions_dir, alone
@@ -94,7 +95,9 @@ class AdaptTask(TrainTask):
             MONAILabelException: with a sentence about what is missing or wrong; nothing has changed then.
         """
         store = open_store(self._versions_dir, self._row.name)
-        if self._alone():
+        if self._alone is not None:
+            if not self._alone():
+                raise MONAILabelException(MONAILabelError.INVALID_INPUT, RUN_SYNC)
             if hasattr(os, "nice"):
                 os.nice(NICE)
             only_read(datastore)  # the server beside this process writes its file

@@ -311,3 +311,24 @@ def test_image_does_not_take_the_place_of_the_list(store: LocalStore, studies: P
 def test_image_without_an_id_is_called_as_its_file(store: LocalStore, file: Any) -> None:
     assert store.add_image("", file(b"image", "scan.nii.gz"), {}) == "scan"
     assert store.get_image("scan").read() == b"image"
+
+
+@pytest.mark.parametrize("told", [{"a": float("nan")}, {"name": "li\ud83d"}, {"label_info": 5}])
+@pytest.mark.parametrize("kind", ["label", "image", "about a label", "about an image"])
+def test_what_no_list_could_hold_is_refused(store: LocalStore, opened: Any, file: Any, kind: str, told: Any) -> None:
+    store.save_label("a", file(b"label"), "final", NAMES)
+    tell = {
+        "label": lambda: store.save_label("a", file(b"other"), "final", told),
+        "image": lambda: store.add_image("c", file(b"image"), told),
+        "about a label": lambda: store.update_label_info("a", "final", told),
+        "about an image": lambda: store.update_image_info("a", told),
+    }[kind]
+    with pytest.raises(MONAILabelException) as refused:
+        tell()
+    assert refused.value.error is MONAILabelError.INVALID_INPUT
+    again = opened()
+    assert again.get_label_info("a", "final") == store.get_label_info("a", "final") and sorted(again.list_images()) == [
+        "a",
+        "b",
+    ]
+    assert Path(store.get_label_uri("a", "final")).read_bytes() == b"label"

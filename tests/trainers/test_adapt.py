@@ -598,14 +598,22 @@ def test_killed_run_is_dropped_for_another_question(world: World, monkeypatch, c
     assert first_step(world, monkeypatch, **request_) == 1
 
 
-@pytest.mark.parametrize("alone", [True, False])
-def test_training_in_a_process_of_its_own_gives_way_to_clicks(world: World, monkeypatch, alone: bool) -> None:
+@pytest.mark.parametrize("alone", [lambda: True, None])
+def test_training_in_a_process_of_its_own_gives_way_to_clicks(world: World, monkeypatch, alone) -> None:
     steps: list[int] = []
     monkeypatch.setattr(os, "nice", steps.append)
     world.fill(2)
-    world.task = AdaptTask(ROW, settings(world.folder), world.folder / "state", lambda: alone)
+    world.task = AdaptTask(ROW, settings(world.folder), world.folder / "state", alone)
     world.train()
     assert steps == ([adapt.NICE] if alone else [])
+
+
+def test_server_trains_nothing_itself(world: World) -> None:
+    world.fill(2)
+    world.task = AdaptTask(ROW, settings(world.folder), world.folder / "state", lambda: False)
+    with pytest.raises(MONAILabelException) as refused:
+        world.train()
+    assert "run_sync: expected false" in str(refused.value.msg) and world.task.stats() == {}
 
 
 def test_stats_without_a_run_and_with_a_broken_file_are_empty(world: World) -> None:
