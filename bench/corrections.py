@@ -26,7 +26,7 @@ from bench import common
 from bench.common import Report
 from bench.learned_prompts import SETS, Data, few, interval, learn, read
 from bench.session_annotator import MOST, Click, annotate
-from lib import assisted
+from lib import assisted, plain
 from lib.assisted import AssistedEngine
 from lib.claims import Said
 from lib.config import method_row
@@ -83,7 +83,7 @@ def left_alone() -> Iterator[None]:
         mock.patch.object(assisted, "near_points", lambda after, before, points: after),
         mock.patch.object(Said, "settled", lambda self, found, mask, *, walks: found),
         mock.patch.object(Said, "reach", lambda self, count: range(count)),
-        mock.patch.object(assisted, "label_map", in_the_order_of_the_list),
+        mock.patch.object(plain, "label_map", in_the_order_of_the_list),
     ):
         yield
 

@@ -12,7 +12,10 @@ import pytest
 
 from bench import common
 from bench.common import Report, Verdict
+from bench.corrections import left_alone
 from bench.manual_prompts import Case, Score, inscribed_ellipsoid, judge, rows
+from lib import assisted
+from lib.correction import near_points
 from lib.prompts.simulate import inscribed_ellipse
 
 
@@ -100,6 +103,12 @@ def test_rows_give_every_structure_and_the_mean_of_its_dataset(case: Case) -> No
         ["data", "**mean**", 2, "0.750"],
     ]
     assert [line[-2:] for line in lines] == [[0, 0], [0, 1], [0, 1]]
+
+
+def test_corrections_know_what_they_leave_away() -> None:
+    with left_alone():  # every name that it replaces is there
+        assert assisted.near_points(1, 2, 3) == 1
+    assert assisted.near_points is near_points
 
 
 @pytest.mark.parametrize("name", ["click_latency", "corrections", "startup", "manual_prompts", "zero_shot"])
