@@ -18,9 +18,9 @@ from tests.labelling import ask, save_labels, train, upload
 from tests.serving import Server, running_server
 
 COUNT = 5  # one to validate, one that nobody labels
-# enough to find something: a version without any Dice is not put live; learning rates are the recipes' own, as twice as
-# much ends in empty masks now and then
-FAST = {"preset": "full", "loss": "plain", "epochs": 2, "steps": 120, "batch": 4, "patience": 2}
+# enough to find something: a version without any Dice is not put live; learning rates and losses are the recipes' own, as
+# twice as much, or another loss for ``sam_med2d``, ends in empty masks now and then on this small random backbone
+FAST = {"preset": "full", "epochs": 2, "steps": 240, "batch": 4, "patience": 2}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_method_is_trained_answers_alone_and_takes_a_click(server: Server, metho
     assert server.info()["models"][f"{method}_edit"]["version_live"] is None and method not in server.info()["models"]
 
     last = train(server, method=method, **FAST)[-1]
-    assert (last["version"], last["live"], last["step"]) == ("v0001", True, 240), last
+    assert (last["version"], last["live"], last["step"]) == ("v0001", True, 480), last
     assert np.isfinite(last["loss"])
     assert server.info()["models"][method]["labels"] == {name: n for n, name in enumerate(cases.LABELS, start=1)}
 
