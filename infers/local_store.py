@@ -22,6 +22,7 @@ from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Optional, TypeVar
+from uuid import uuid4
 
 from filelock import FileLock
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
@@ -38,6 +39,7 @@ from lib.errors import ConfigError
 from lib.told import check_told
 
 logger = logging.getLogger(__name__)
+POLL_S = 0.001  # upstream looks at every file that is copied in, and would have the lock again before others look
 PART = ".part"  # ends the names of what is not complete yet; no image or label ends so
 Model = TypeVar("Model", DataModel, ImageLabelModel)
 
@@ -55,7 +57,7 @@ class LocalStore(LocalDatastore):
     @cached_property
     def _index_lock(self) -> FileLock:
         """One for all that reads, changes and writes the list; upstream makes a new one each time, which nests not."""
-        return FileLock(self._lock_file)
+        return FileLock(self._lock_file, poll_interval=POLL_S)
 
     def only_read(self) -> None:
         """Makes this the store of a child process: what it learns stays with it, so that the server alone writes.
@@ -206,13 +208,13 @@ class LocalStore(LocalDatastore):
 
 def is_plain(name: Any) -> bool:
     """Whether a text names a file in a folder and nothing outside of it, on any system."""
-    return isinstance(name, str) and name[:1] not in ("", ".") and not {"/", "\\", "\0"} & set(name)
+    return isinstance(name, str) and name[:1] not in ("", ".") and not {"/", "\\", ":", "\0"} & set(name)
 
 
 @contextmanager
 def part_of(place: Path) -> Iterator[Path]:
     """Where a file is written before it is moved to its place; gone afterwards, whatever happens."""
-    part = place.with_name(f".{place.name}{PART}")
+    part = place.with_name(f".{uuid4().hex}{PART}")  # its own for each of two at once
     try:
         yield part
     finally:

@@ -70,8 +70,9 @@ class KeptSessions(Sessions):
             if not folder.is_dir():
                 return False
             end = _end(folder)
-            # one without an end may be coming right now
-            return (folder.stat().st_mtime + self.expiry if end is None else end) < time.time()
+            if end is None:  # it may be coming right now, or be no session at all
+                return _is_made_up(folder.name) and folder.stat().st_mtime + self.expiry < time.time()
+            return end < time.time()
         return False
 
     def add_session(
@@ -108,6 +109,13 @@ class KeptSessions(Sessions):
         with part_of(place) as part:
             fill(part, io.BytesIO(session_info.to_str().encode()))
             os.replace(part, place)
+
+
+def _is_made_up(name: str) -> bool:
+    """Whether a name is one that sessions get: the folder may be one that others use too."""
+    with suppress(ValueError):
+        return str(uuid.UUID(name)) == name
+    return False
 
 
 def _end(folder: Path) -> Optional[float]:

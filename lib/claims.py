@@ -16,7 +16,6 @@ from typing import Optional
 
 import numpy as np
 from scipy import ndimage
-from scipy.spatial import cKDTree
 
 from lib.data.geometry import from_slice_rc, rows_columns, slice_view
 from lib.prompts.user import SlicePrompts
@@ -29,7 +28,7 @@ BALL = 0.8  # of it: nobody points at the very middle
 MOST_MM = 32.0  # farther than that nothing is measured: the point stands for a part of its own
 LOOKED_AT = 64  # slices on which the thickness of a label is looked for: up to 2 ms of a click each
 FIRST_MM = 4.0  # of the window that is searched first
-ROUNDING = 1e-6  # mm by which two distances may differ and be the same
+ROUNDING = 1e-6  # square mm by which two distances may differ and be the same
 
 
 @dataclass(frozen=True)
@@ -216,64 +215,92 @@ def settled(
         out = np.array(found, order="F")
     else:
         out = np.array(mask, order="F")
-        for claim in said:
-            _copy(found, out, claim.ijk, FAR * claim.radius_mm, spacing_mm)
+        if said:
+            _bring(found, out, said, spacing_mm)
     _put_balls(out, said, spacing_mm, flat)
     for claim in said:
         out[claim.ijk] = claim.label
     return out
 
 
-def _copy(source: np.ndarray, to: np.ndarray, ijk: Index, radius_mm: float, spacing_mm: Sequence[float]) -> None:
-    """All voxels within a distance; slice by slice, as the ball may be most of a large volume."""
-    i, j, k = _window(to.shape, ijk, spacing_mm, radius_mm)
-    plane = _plane(i, j, ijk, spacing_mm)
-    for n in range(k.start, k.stop):
-        near = plane <= radius_mm**2 - ((n - ijk[2]) * spacing_mm[2]) ** 2
-        to[i, j, n][near] = source[i, j, n][near]
+def _bring(found: np.ndarray, out: np.ndarray, said: Sequence[Claim], spacing_mm: Sequence[float]) -> None:
+    """What was found within :data:`FAR` times the radius of a claim, the widest first: most is decided by then."""
+    ordered = sorted(said, key=lambda c: -c.radius_mm)
+    i, j, k = _hull([_window(out.shape, c.ijk, spacing_mm, FAR * c.radius_mm) for c in ordered])
+    left = np.argwhere(found[i, j, k] != out[i, j, k]) + (i.start, j.start, k.start)
+    for claim in ordered:
+        if not len(left):
+            return
+        away = ((left - claim.ijk) * np.asarray(spacing_mm)) ** 2
+        near = away.sum(1) <= (FAR * claim.radius_mm) ** 2
+        place = tuple(left[near].T)
+        out[place] = found[place]
+        left = left[~near]
+
+
+def _hull(windows: Sequence[Window]) -> Window:
+    """What holds them all; there is at least one."""
+    i, j, k = (slice(min(w[a].start for w in windows), max(w[a].stop for w in windows)) for a in range(3))
+    return i, j, k
 
 
 def _put_balls(out: np.ndarray, said: Sequence[Claim], spacing_mm: Sequence[float], flat: Optional[int]) -> None:
     """Every voxel in the ball of the claim that is nearest to it becomes what that one says."""
-    trees = {}
-    for label in sorted({c.label for c in said}):  # one each, so that ties do not hang on the order of points
-        mine = sorted((c for c in said if c.label == label), key=lambda c: c.ijk)
-        trees[label] = mine, cKDTree([c.ijk for c in mine] * np.asarray(spacing_mm))
-    around = [(c, _window(out.shape, c.ijk, spacing_mm, c.ball_mm)) for c in said if c.ball_mm]
-    windows = [(c, _flattened(window, c.ijk, flat)) for c, window in around]
-    for n in sorted({n for _, (_, _, k) in windows for n in range(k.start, k.stop)}):
-        inside = np.zeros(out.shape[:2], bool)
-        for claim, (i, j, k) in windows:
-            if k.start <= n < k.stop:
-                away = ((n - claim.ijk[2]) * spacing_mm[2]) ** 2
-                inside[i, j] |= _plane(i, j, claim.ijk, spacing_mm) < claim.ball_mm**2 - away
-        rows, columns = np.nonzero(inside)
-        voxels = np.stack([rows, columns, np.full_like(rows, n)], 1)
-        what = _said_at(voxels, trees, spacing_mm, flat)
-        out[rows, columns, n] = np.where(what < 0, out[rows, columns, n], what)
+    around = [_window(out.shape, c.ijk, spacing_mm, c.ball_mm) for c in said if c.ball_mm]
+    if not around:
+        return
+    i, j, k = _hull(around)
+    most = max(c.ball_mm for c in said)
+    ordered = sorted(said, key=lambda c: (c.label, c.ijk))
+    for n in range(k.start, k.stop):
+        rivals = [c for c in ordered if abs(n - c.ijk[2]) * spacing_mm[2] < most]
+        if any(abs(n - c.ijk[2]) * spacing_mm[2] < c.ball_mm for c in rivals):
+            what = _said_on(n, (i, j), rivals, most, spacing_mm, flat)
+            part = out[i, j, n]
+            part[what >= 0] = what[what >= 0]
 
 
-def _said_at(
-    voxels: np.ndarray, trees: Mapping[int, tuple[Sequence[Claim], cKDTree]], spacing_mm: Sequence[float],
+def _said_on(
+    n: int, area: tuple[slice, slice], rivals: Sequence[Claim], most_mm: float, spacing_mm: Sequence[float],
     flat: Optional[int],
 ) -> np.ndarray:  # fmt: skip
-    """``(N,)`` label of the nearest claim where the voxel is in its ball, else -1; of two as near the label counts, not
-    the background."""
-    nearest, what = np.full(len(voxels), np.inf), np.full(len(voxels), -1)
-    for label, (claims_of_it, tree) in trees.items():
-        distance, which = tree.query(voxels * np.asarray(spacing_mm))
-        painted = distance < np.array([c.ball_mm for c in claims_of_it])[which] - ROUNDING
+    """Label of the nearest claim for voxels of a plane of constant k that are in its ball, else -1; of two as near the
+    label counts, not the background.
+
+    Args:
+        n: the plane.
+        area: rows and columns of it.
+        rivals: claims within ``most_mm`` of the plane, by label.
+        most_mm: radius of the largest ball; who is farther away is nearest to no voxel of any.
+        spacing_mm: of the voxels.
+        flat: axis across which balls have no extent; None for none.
+    """
+    nearest = np.full([w.stop - w.start for w in area], np.inf)
+    what = np.full(nearest.shape, -1, np.int16)
+    for claim in rivals:
+        i, j = (
+            slice(max(w.start, c - math.ceil(most_mm / s)), min(w.stop, c + math.ceil(most_mm / s) + 1))
+            for w, c, s in zip(area, claim.ijk, spacing_mm)
+        )
+        if i.start >= i.stop or j.start >= j.stop:
+            continue
+        squares = _plane(i, j, claim.ijk, spacing_mm) + ((n - claim.ijk[2]) * spacing_mm[2]) ** 2
+        inside = squares < claim.ball_mm**2
         if flat is not None:
-            painted &= voxels[:, flat] == np.array([c.ijk[flat] for c in claims_of_it])[which]
-        what[distance < nearest - ROUNDING] = -1
-        what[painted & (distance <= nearest + ROUNDING)] = label
-        nearest = np.minimum(nearest, distance)
+            inside &= _level((i, j, slice(n, n + 1)), claim.ijk, flat)[:, :, 0]
+        here = slice(i.start - area[0].start, i.stop - area[0].start), slice(
+            j.start - area[1].start, j.stop - area[1].start
+        )
+        what[here][squares < nearest[here] - ROUNDING] = -1
+        what[here][inside & (squares <= nearest[here] + ROUNDING)] = claim.label
+        np.minimum(nearest[here], squares, out=nearest[here])
     return what
 
 
-def _flattened(window: Window, ijk: Index, flat: Optional[int]) -> Window:
-    i, j, k = (slice(c, c + 1) if axis == flat else w for axis, (w, c) in enumerate(zip(window, ijk)))
-    return i, j, k
+def _level(window: Window, ijk: Index, flat: int) -> np.ndarray:
+    """Whether voxels of a window lie on the slice of a claim."""
+    there = np.arange(window[flat].start, window[flat].stop) == ijk[flat]
+    return np.expand_dims(there, tuple(a for a in range(3) if a != flat))
 
 
 def _window(shape: Sequence[int], ijk: Index, spacing_mm: Sequence[float], reach_mm: float) -> Window:

@@ -2,7 +2,7 @@
 
 Upstream runs an inference inside its event loop, so that one click stalls everybody. Here ``POST /infer/{model}`` is a
 plain function, which FastAPI runs in its thread pool, in front of upstream's route and with the same signature,
-authentication and meaning, and so is what a PACS may keep waiting: the next sample, and reading from the datastore.
+authentication and meaning, and so is what a disk or a PACS may keep waiting: the next sample, and the datastore.
 DICOM SEG comes from our own writer. ``POST /train/`` starts one training and not all;
 ``/schedule`` shows, pauses and resumes the training schedule; ``/versions`` and ``/quality`` hand out reports; a label
 that is saved gets the record of how it came about, which no client writes. Errors become JSON with a ``detail`` that
@@ -17,8 +17,11 @@ import asyncio
 import errno
 import inspect
 import json
+import logging
 import re
+import traceback
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any, Literal, Optional
 
 from fastapi import Depends, File, Form, HTTPException, Request, UploadFile
@@ -40,6 +43,7 @@ from monailabel.interfaces.exception import (
 )
 from monailabel.interfaces.utils.app import app_instance
 
+logger = logging.getLogger(__name__)
 _upstream = len(app.router.routes)
 USER = "authenticated_user"  # the app reads it in an inference's request
 OURS = ("provenance", "ts")  # what the server alone writes about a label
@@ -134,9 +138,12 @@ def answer_system_error(_: Request, error: OSError) -> JSONResponse:
     """A full disk, a missing right, a host that cannot be reached; never with the name of a file, which may be a
     patient's."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    what = error.strerror or type(error).__name__
+    places = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[-3:]]
+    logger.error("The system refused something: %s, at %s", what, ", ".join(places))
     told = (
-        f"The server could not read or write what it needed: {error.strerror or type(error).__name__}. See to the space"
-        " on its disks, to the rights of its folders and to the PACS; nothing was changed."
+        f"The server could not read or write what it needed: {what}. See to the space on its disks, to the rights of"
+        " its folders and to the PACS, and try again."
     )
     return JSONResponse({"detail": told, "error": MONAILabelError.SERVER_ERROR.value}, status_code=507 if full else 500)
 
@@ -257,9 +264,9 @@ def _in_a_thread(endpoint: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[
     return answer
 
 
-# with a PACS these download and convert a whole series, or wait for somebody else's download of it
+# these wait for the disk or for others; with a PACS some download and convert a whole series
 for _route in [*activelearning.router.routes, *datastore.router.routes]:
-    if isinstance(_route, APIRoute) and (_route in activelearning.router.routes or _route.methods <= {"GET", "HEAD"}):
+    if isinstance(_route, APIRoute):
         app.add_api_route(
             _route.path, _in_a_thread(_route.endpoint), methods=list(_route.methods), include_in_schema=False
         )

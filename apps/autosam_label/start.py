@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens it to your network"
         )
-        command.add_argument("--port", type=int, default=8000)
+        command.add_argument("--port", type=_port, default=8000)
         command.add_argument("--conf", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"))
         if name == "serve":
             command.add_argument("--studies", required=True, help="folder of images, or a DICOMweb address")
@@ -81,6 +81,12 @@ def _fail(message: str) -> int:
     return 2
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError("expected a number up to 65535, received {!r}".format(text))
+    return int(text)
+
+
 def _why_not_listen(host: str, port: int) -> str:
     """Why the server could not listen there, in the system's words; empty where it can.
 
@@ -88,8 +94,8 @@ def _why_not_listen(host: str, port: int) -> str:
     """
     try:
         found = [_bind_error(*entry) for entry in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)]
-    except OSError as error:
-        return str(error.strerror)
+    except (OSError, UnicodeError) as error:  # the latter where a part of the name is too long
+        return str(getattr(error, "strerror", "no such name"))
     used = [error for error in found if error and error.errno == errno.EADDRINUSE]
     error = used[0] if used else None if None in found else found[0]
     return str(error.strerror) if error else ""

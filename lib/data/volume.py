@@ -85,7 +85,9 @@ def series_folder(path: Union[str, Path]) -> Optional[Path]:
 
 
 def image_files(path: Path) -> list[Path]:
-    """Every file that decides what an image is: of a series all of them, of a header without data the file beside it.
+    """What changes on the disk when an image does: of a series every file, of a header without data the file beside it.
+
+    Of a series beside its copy the folder alone, which changes when a file comes or goes: thousands take too long.
 
     Args:
         path: as :func:`load_volume` takes it.
@@ -93,12 +95,11 @@ def image_files(path: Path) -> list[Path]:
     Raises:
         OSError: if it is not there.
     """
-    folder = path if path.is_dir() else series_folder(path)
-    series = [] if folder is None else sorted(p for p in folder.rglob("*") if p.is_file())
     if path.is_dir():
-        return series
+        return sorted(p for p in path.rglob("*") if p.is_file())
+    series = series_folder(path)
     beside = detached_file(path) if READERS.get(suffix_of(path)) is read_nrrd else None
-    return [path, *series, *([] if beside is None else [beside])]
+    return [path, *(p for p in (series, beside) if p is not None)]
 
 
 def content_hash(array: np.ndarray) -> str:

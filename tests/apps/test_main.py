@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import nibabel as nib
 import numpy as np
@@ -374,7 +375,7 @@ def test_uploaded_archive_stays_inside_its_session(sent, tmp_path: Path) -> None
 
 
 def test_sessions_of_the_server_before_are_cleaned_up(load, tmp_path: Path) -> None:
-    left = tmp_path / "sessions" / "cut-off-while-it-came"
+    left = tmp_path / "sessions" / str(uuid4())
     left.mkdir(parents=True)
     os.utime(left, (0, 0))
     load().cleanup_sessions()

@@ -58,7 +58,9 @@ def test_what_may_wait_for_a_pacs_waits_in_a_thread_of_its_own(client, app: Slow
 
 
 @pytest.mark.parametrize(("number", "status"), [(errno.ENOSPC, 507), (errno.EACCES, 500)])
-def test_system_error_is_told_without_the_files_name(client, app: Slow, monkeypatch, number: int, status: int) -> None:
+def test_system_error_is_told_without_the_files_name(
+    client, app: Slow, monkeypatch, caplog, number: int, status: int
+) -> None:
     def fails(_: Any) -> None:
         raise OSError(number, "no more", "/studies/Doe^Jane.nii.gz")
 
@@ -66,6 +68,7 @@ def test_system_error_is_told_without_the_files_name(client, app: Slow, monkeypa
     answer = client.post("/infer/sam?image=case", data={"params": "{}"})
     assert answer.status_code == status
     assert "no more" in answer.json()["detail"] and "Doe" not in answer.text
+    assert "no more" in caplog.text and "test_server.py" in caplog.text and "Doe" not in caplog.text
 
 
 @pytest.mark.parametrize("depth", [3, 100_000])

@@ -170,3 +170,15 @@ def test_child_environment_keeps_byte_code_and_finds_our_packages(monkeypatch: p
     assert "PYTHONDONTWRITEBYTECODE" not in env
     assert env["PYTHONPATH"].split(":") == [str(ROOT), "/elsewhere"]
     assert env["PATH"].startswith("/env/bin:")
+
+
+@pytest.mark.parametrize("port", ["-1", "70000", "http"])
+def test_port_that_is_none_is_told(port: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["start.py", "demo", "--port", port])
+    with pytest.raises(SystemExit):
+        start.main()
+    assert "--port: expected a number up to 65535" in capsys.readouterr().err
+
+
+def test_host_that_is_no_name_is_told() -> None:
+    assert start._why_not_listen("x" * 70 + ".org", 8000) != ""

@@ -9,8 +9,10 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
@@ -176,7 +178,8 @@ DAMAGED: dict[str, str | None] = {
 def test_damaged_session_goes_when_it_is_old_and_stops_no_clean_up(
     sessions: KeptSessions, scratch: Path, restarted: Any, meta: str
 ) -> None:
-    for name, seconds in (("young", 10.0), ("old", EXPIRY_S + 10.0)):
+    young, old = str(uuid4()), str(uuid4())
+    for name, seconds in ((young, 10.0), (old, EXPIRY_S + 10.0), ("not a session", EXPIRY_S + 10.0)):
         folder = Path(sessions.store_path) / name
         folder.mkdir(parents=True)
         (folder / "scan.nii.gz").write_bytes(b"image")
@@ -186,7 +189,7 @@ def test_damaged_session_goes_when_it_is_old_and_stops_no_clean_up(
         assert sessions.get_session(name) is None
     again = restarted()
     assert again.remove_expired() == 1
-    assert [p.name for p in Path(again.store_path).iterdir()] == ["young"]
+    assert {p.name for p in Path(again.store_path).iterdir()} == {young, "not a session"}  # which is somebody else's
 
 
 def test_clean_up_before_the_first_upload_and_beside_other_files(sessions: KeptSessions) -> None:
@@ -211,6 +214,16 @@ def test_name_that_leads_elsewhere_is_no_session(
     assert sessions.get_session(name.format(here=tmp_path)) is None
     sessions.remove_session(name.format(here=tmp_path))
     assert outside.exists() and len(list(Path(sessions.store_path).iterdir())) == 2
+
+
+def test_two_clicks_at_once_on_a_session_both_find_it(sessions: KeptSessions, scratch: Path) -> None:
+    name, _ = sessions.add_session(upload(scratch))
+
+    def click(_: int) -> bool:
+        return sessions.get_session(name, update_ts=True) is not None
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(click, range(200)))
 
 
 def test_use_of_a_session_that_is_killed_leaves_it(sessions: KeptSessions, scratch: Path, monkeypatch: Any) -> None:

@@ -96,7 +96,7 @@ def test_files_of_an_image_are_all_that_decide_it(tmp_path):
     assert image_files(copy) == [copy]
     series.mkdir()
     (series / "a.dcm").write_bytes(b"\0" * 128 + b"DICM")
-    assert image_files(copy) == [copy, series / "a.dcm"]
+    assert image_files(copy) == [copy, series]
     assert image_files(series) == [series / "a.dcm"]
 
 
