@@ -77,7 +77,9 @@ def test_saved_label_gets_the_record_of_how_it_came_about(server: Server, tmp_pa
     assert info_of(server, "c1")["provenance"]["kind"] == "MANUAL"
 
 
-@pytest.mark.parametrize("query, more, text", [("../x", {}, "tag: expected up to 64 letters"), ("/x", {}, "tag: expected")])
+@pytest.mark.parametrize(
+    "query, more, text", [("../x", {}, "tag: expected up to 64 letters"), ("/x", {}, "tag: expected")]
+)
 def test_label_is_saved_inside_the_store_only(server: Server, tmp_path: Path, query: str, more: Any, text: str) -> None:
     response = put(server, tmp_path, "c0", draw(0)[1], query, **more)
     assert response.status_code == 400 and text in response.json()["detail"]

@@ -2,11 +2,10 @@
 
 Upstream runs an inference inside its event loop, so that one click stalls everybody. Here ``POST /infer/{model}`` is a
 plain function, which FastAPI runs in its thread pool, in front of upstream's route and with the same signature,
-authentication and meaning, and so is what a disk or a PACS may keep waiting: the next sample, and the datastore.
-DICOM SEG comes from our own writer. ``POST /train/`` starts one training and not all;
-``/schedule`` shows, pauses and resumes the training schedule; ``/versions`` and ``/quality`` hand out reports; a label
-that is saved gets the record of how it came about, which no client writes. Errors become JSON with a ``detail`` that
-both clients show, in place of a bare 500.
+authentication and meaning, and so is what a disk or a PACS may keep waiting: the next sample, and the datastore. DICOM
+SEG comes from our own writer. ``POST /train/`` starts one training and not all; ``/schedule`` shows, pauses and resumes
+the training schedule; ``/versions`` and ``/quality`` hand out reports; a label that is saved gets the record of how it
+came about, which no client writes. Errors become JSON with a ``detail`` that both clients show, in place of a bare 500.
 Imports nothing of ours, so that ``/reload`` can replace our packages under it; the server works without this file,
 only less well.
 """
@@ -31,7 +30,7 @@ from fastapi.routing import APIRoute
 from monailabel.app import app
 from monailabel.config import settings
 from monailabel.endpoints import activelearning, datastore
-from monailabel.endpoints.datastore import save_label, update_label_info
+from monailabel.endpoints.datastore import save_label, update_image_info, update_label_info
 from monailabel.endpoints.infer import ResultType, run_inference
 from monailabel.endpoints.train import run_model
 from monailabel.endpoints.user.auth import RBAC, User
@@ -239,6 +238,14 @@ def tell_as_before(
 ) -> Any:
     """Upstream's older name for the same."""
     return tell(label, tag, params, user)
+
+
+@app.put("/datastore/image/info", include_in_schema=False)
+def tell_of_image(
+    image: str, info: str = Form("{}"), user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))
+) -> Any:
+    """Upstream's way to write about an image; what is no JSON is told."""
+    return update_image_info(image, json.dumps(_object(info)), user.username)
 
 
 @app.get("/quality/{name}", tags=["Scoring"], summary="Work list, or agreement with the model, of the last scoring")

@@ -97,8 +97,9 @@ def test_client_writes_about_a_label_what_it_likes_but_no_record(client, app, tm
 @pytest.mark.parametrize("text", ["[", "[]", "5", "[" * 100_000])
 def test_what_is_no_object_is_told(client, app, tmp_path, text) -> None:
     saved(client, app, tmp_path)
-    answer = client.put("/datastore/label/info?label=case&tag=final", data={"info": text})
-    assert answer.status_code == 400 and "expected a JSON object" in answer.json()["detail"]
+    for address in ("label/info?label=case&tag=final", "image/info?image=case"):
+        answer = client.put(f"/datastore/{address}", data={"info": text})
+        assert answer.status_code == 400 and "expected a JSON object" in answer.json()["detail"]
 
 
 def test_authenticated_user_of_an_inference_is_told_to_the_app(client, app, signed_in) -> None:
