@@ -30,7 +30,7 @@ from fastapi.routing import APIRoute
 from monailabel.app import app
 from monailabel.config import settings
 from monailabel.endpoints import activelearning, datastore
-from monailabel.endpoints.datastore import save_label, update_image_info, update_label_info
+from monailabel.endpoints.datastore import add_image, save_label, update_image_info, update_label_info
 from monailabel.endpoints.infer import ResultType, run_inference
 from monailabel.endpoints.train import run_model
 from monailabel.endpoints.user.auth import RBAC, User
@@ -246,6 +246,18 @@ def tell_of_image(
 ) -> Any:
     """Upstream's way to write about an image; what is no JSON is told."""
     return update_image_info(image, json.dumps(_object(info)), user.username)
+
+
+@app.put("/datastore/image", include_in_schema=False)
+def upload(
+    background_tasks: BackgroundTasks,
+    image: Optional[str] = None,
+    params: str = Form("{}"),
+    file: UploadFile = File(...),
+    user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR)),
+) -> Any:
+    """Upstream's way to take an image in; what is no JSON is told."""
+    return add_image(background_tasks, image, json.dumps(_object(params)), file, user.username)
 
 
 @app.get("/quality/{name}", tags=["Scoring"], summary="Work list, or agreement with the model, of the last scoring")

@@ -100,6 +100,9 @@ def test_what_is_no_object_is_told(client, app, tmp_path, text) -> None:
     for address in ("label/info?label=case&tag=final", "image/info?image=case"):
         answer = client.put(f"/datastore/{address}", data={"info": text})
         assert answer.status_code == 400 and "expected a JSON object" in answer.json()["detail"]
+    answer = client.put("/datastore/image?image=x", files={"file": ("x.nii.gz", b"x")}, data={"params": text})
+    assert answer.status_code == 400 and "expected a JSON object" in answer.json()["detail"]
+    assert app.datastore().list_images() == ["case"]
 
 
 def test_authenticated_user_of_an_inference_is_told_to_the_app(client, app, signed_in) -> None:
