@@ -288,9 +288,7 @@ def _said_on(
         inside = squares < claim.ball_mm**2
         if flat is not None:
             inside &= _level((i, j, slice(n, n + 1)), claim.ijk, flat)[:, :, 0]
-        here = slice(i.start - area[0].start, i.stop - area[0].start), slice(
-            j.start - area[1].start, j.stop - area[1].start
-        )
+        here = tuple(slice(w.start - a.start, w.stop - a.start) for w, a in zip((i, j), area))
         what[here][squares < nearest[here] - ROUNDING] = -1
         what[here][inside & (squares <= nearest[here] + ROUNDING)] = claim.label
         np.minimum(nearest[here], squares, out=nearest[here])

@@ -27,6 +27,7 @@ LABELS = ("big", "small one")
 SHAPE = (32, 36, 6)
 ROW = method_row("sam2rad")
 FAST = TrainRecipe(preset="full", epochs=3, steps=25, batch=4, views=2, lr=2e-3, backbone_lr=2e-3)
+LONGER = replace(FAST, epochs=6)  # after half of it the small label is found on some processors only
 
 
 def draw(seed: int, shape: tuple[int, int, int] = SHAPE) -> tuple[np.ndarray, np.ndarray]:
@@ -97,8 +98,8 @@ def trained_tensors() -> dict[str, torch.Tensor]:
         folder = Path(scratch)
         found = cases(folder, 4)
         model = learned(Engine(settings(folder)))
-        run = Run(model, Batches(model, all_slices(found[:3]), FAST), found[3:], LABELS, FAST, folder / "run")
-        assert fit(run)["mean_dice"] > 0.1
+        run = Run(model, Batches(model, all_slices(found[:3]), LONGER), found[3:], LABELS, LONGER, folder / "run")
+        assert min(fit(run)["dice"].values()) > 0.1
         return {k: t.clone() for k, t in model.trained().items()}
 
 

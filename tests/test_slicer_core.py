@@ -395,10 +395,10 @@ def test_scribbles_of_the_two_layers_are_strokes_of_the_chosen_label(
     module = opened(learned_server, tmp_path, image)
     module.run("sam2rad")
     before = module.segment(LABELS[1])
-    for layer, rows in (("background_scribbles", slice(2, 6)), ("foreground_scribbles", slice(24, 28))):
+    for layer, rows in (("background_scribbles", slice(2, 6)), ("foreground_scribbles", slice(26, 30))):
         module.add_segment(layer)
         stroke = np.zeros(SHAPE, np.uint8)
-        stroke[rows, 20, 4] = 1
+        stroke[rows, 2, 4] = 1
         module.paint(layer, stroke)
     module.scribble("sam2rad_edit", LABELS[1])
     assert list(module.reply["edited"]) == [LABELS[1]] and in_file(image, 4) in module.reply["edited"][LABELS[1]]
@@ -503,7 +503,7 @@ def test_formats_and_uploads_of_a_learned_method_give_the_same_labels(
         return nrrd.read(str(file))[0] if extension.endswith("nrrd") else np.asarray(nib.load(file).dataobj)
 
     wanted = answered(".nrrd")
-    assert wanted.any()  # which of the two a model of a few seconds finds differs from processor to processor
+    assert set(np.unique(wanted)) == {0, 1, 2}
     for extension in (".nii", ".nii.gz", ".seg.nrrd"):
         np.testing.assert_array_equal(answered(extension), wanted)
     reply = post_infer(learned_server, model, "first", {}, output="json").json()

@@ -119,7 +119,9 @@ def _requested(requested: Union[str, tuple[float, float]]) -> tuple[float, float
         raise PromptError(
             f"Expected a window of two numbers (lo, hi); received {requested!r}. Send both limits."
         ) from None
-    if not 0 < np.float32(hi - lo) < np.inf:  # as it is divided by
+    with np.errstate(over="ignore"):
+        width = np.float32(hi - lo)  # as it is divided by
+    if not 0 < width < np.inf:
         raise PromptError(f"Expected finite window limits with lo < hi; received ({lo}, {hi}). Swap or widen them.")
     return lo, hi
 
